@@ -1,0 +1,1 @@
+"""Filmstrip: a multimodal LLM server with video as a native input."""

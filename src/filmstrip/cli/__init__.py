@@ -1,0 +1,1 @@
+"""Command line: `filmstrip serve` and `filmstrip chat`."""

@@ -1,0 +1,1 @@
+"""Engine: requests in, tokens out; knows blocks, not media files or HTTP."""

@@ -1,0 +1,1 @@
+"""Media: from an address to pixels; knows time and files, not models."""

@@ -1,0 +1,1 @@
+"""Models: weights, attention and what differs per family; knows tensors, not requests."""

@@ -1,0 +1,62 @@
+"""What the engine asks of a model; a unit test's fake implements the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from filmstrip.models.batch import Batch
+from filmstrip.types import Modality, Normalization
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts the engine plans with."""
+
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    num_embedding_rows: int
+    """1 + number of DeepStack levels: middle dimension of encoder outputs."""
+    block_size: int
+    """Tokens per KV block that suits the attention backend."""
+    kv_bytes_per_token: int
+    """Over all layers, K and V."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """Consecutive segments of one media item, to be encoded in one go.
+
+    ``patches`` is uint8 (num_segments * rows_per_segment, 3*tps*ps*ps) on the host; ``grid_thw`` is the grid of just these
+    patches.
+    """
+
+    modality: Modality
+    patches: torch.Tensor
+    grid_thw: tuple[int, int, int]
+    normalization: Normalization
+    num_segments: int
+
+
+class Model(Protocol):
+    """A checkpoint in memory with its paged KV cache."""
+
+    info: ModelInfo
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate K and V pages of ``num_blocks`` blocks of ``info.block_size`` tokens for every layer."""
+        ...
+
+    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """Embeddings of each item's segments: (tokens_per_segment, num_embedding_rows, hidden_size) in ``info.dtype``."""
+        ...
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
+        ...

@@ -1,0 +1,55 @@
+"""Every tensor of one forward pass; made by the engine, read by a model, kept by nobody.
+
+Tokens of all scheduled requests are packed end to end: request s owns rows ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]``. A
+decode step is a row count of 1, a prefill chunk is more; the model need not know the difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class EmbeddingPlacement:
+    """Rows ``start : start + len(embeddings)`` of the packed batch are media, not text.
+
+    ``embeddings`` is (num_rows, 1 + num_deepstack, hidden_size) in the model's dtype: what :meth:`Model.encode` returned for
+    one segment, or the slice of it that falls into this chunk.
+    """
+
+    start: int
+    embeddings: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """One packed forward pass over S requests and N tokens.
+
+    All on the model's device. Int tensors are int32 where attention kernels want it, int64 where torch indexing does.
+    """
+
+    token_ids: torch.Tensor
+    """int64 (N,); rows covered by a placement hold the placeholder id and are not embedded."""
+    positions: torch.Tensor
+    """int64 (3, N): temporal, height, width; three equal rows for text."""
+    slot_mapping: torch.Tensor
+    """int64 (N,): block_id * block_size + offset that each token's K and V are written to."""
+    cu_seqlens_q: torch.Tensor
+    """int32 (S + 1,)"""
+    context_lens: torch.Tensor
+    """int32 (S,): tokens of each request in the cache once this step's are written."""
+    block_tables: torch.Tensor
+    """int32 (S, max_blocks): physical blocks in order, padded with 0."""
+    logits_indices: torch.Tensor
+    """int64 (R,): rows whose logits are wanted (the last row of each request that finishes its prompt or decodes)."""
+    query_lens: list[int]
+    """Host copy of the row counts, so that a CPU backend need not read tensors."""
+    context_lens_list: list[int]
+    placements: list[EmbeddingPlacement] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.token_ids.shape[0]

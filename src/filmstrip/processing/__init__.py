@@ -1,0 +1,1 @@
+"""Processing: from messages and pixels to tokens, positions and placeholders; knows no weights."""

@@ -1,0 +1,64 @@
+"""One array in anonymous shared memory, handed between processes by file descriptor; knows nothing of what it holds.
+
+Written once by whoever creates it, read in place by whoever receives the descriptor; never pickled. The memory is freed by
+the kernel when the last holder drops it, so a crash leaves nothing behind and no file name exists.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SharedTensor:
+    """A C-contiguous numpy array backed by anonymous shared memory.
+
+    ``array`` is a view; ``fd`` stays open for as long as this object lives (a received descriptor is closed at the end,
+    too).
+    """
+
+    def __init__(self, fd: int, shape: tuple[int, ...], dtype: str) -> None:
+        """Map ``fd``, whose size must be at least what ``shape`` and ``dtype`` need; takes over the descriptor."""
+        self.fd = fd
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(dtype)
+        self.num_bytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        try:
+            self._map = mmap.mmap(fd, max(self.num_bytes, 1))
+        except BaseException:
+            os.close(fd)
+            self.fd = -1
+            raise
+        self.array = np.frombuffer(self._map, self.dtype, count=self.num_bytes // self.dtype.itemsize).reshape(
+            self.shape
+        )
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...], dtype: str = "uint8") -> SharedTensor:
+        """Allocate zeroed memory of ``shape``."""
+        num_bytes = max(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("filmstrip", os.MFD_CLOEXEC)
+        else:  # macOS has no memfd: an unlinked temporary file does the same
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, num_bytes)
+        return cls(fd, shape, dtype)
+
+    def torch(self) -> torch.Tensor:
+        """The same memory as a torch tensor; the tensor keeps the mapping alive."""
+        import torch
+
+        return torch.from_numpy(self.array)
+
+    def __del__(self) -> None:
+        fd, self.fd = getattr(self, "fd", -1), -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,315 @@
+"""The contracts between stages, as plain values; knows no torch, no FFmpeg and no HTTP.
+
+A request's way: ``MediaItem`` (what was sent) -> ``VideoMetadata`` (what the file says) -> ``FramePlan`` (what will be
+looked at) -> ``MediaFeature`` (pixels and where they go) -> ``ProcessedPrompt`` (what the engine gets) ->
+``RequestOutput`` (what the caller gets).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from filmstrip.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from filmstrip.shared_tensor import SharedTensor
+
+
+class Modality(str, Enum):
+    """A kind of media."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+    TIME_SERIES = "time_series"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+FinishReason = Literal["stop", "length", "abort"]
+ProgressStage = Literal["fetch", "decode", "queue", "prefill", "decode_tokens"]
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video are wanted; None means "not said here", -1 in num_frames or fps means "no limit"."""
+
+    num_frames: int | None = None
+    fps: float | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+    def or_else(self, default: FrameSampling) -> FrameSampling:
+        """Fill what is not said here from ``default``, field by field."""
+        mine, theirs = vars(self), vars(default)
+        return FrameSampling(**{name: theirs[name] if value is None else value for name, value in mine.items()})
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """``mm_processor_kwargs`` of one modality: total pixels of the resized item (for a video, over all its frames)."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class FrameTiming:
+    """Timing of frames sampled by the client (``data:video/jpeg``); all None means 2 fps is assumed."""
+
+    fps: float | None = None
+    frames_indices: tuple[int, ...] | None = None
+    total_num_frames: int | None = None
+    duration: float | None = None
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One image or video of a request, in prompt order.
+
+    Exactly one of ``url`` (http, https, file, data or a plain path) and ``data`` (a PIL image, or an array of frames
+    (T, H, W, 3) uint8; Python API only) is set. ``param`` is the request field it came from, for error messages.
+    """
+
+    type: Modality
+    url: str | None = None
+    data: Any = None
+    sampling: FrameSampling = FrameSampling()
+    timing: FrameTiming = FrameTiming()
+    pixels: PixelLimits = PixelLimits()
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class VideoMetadata:
+    """What a video file says about itself, after an index scan; nothing is decoded yet.
+
+    ``timestamps`` are the presentation times in seconds of all frames in display order, relative to the first frame,
+    shape (total_num_frames,), float64. Where the file has a constant frame rate they are exactly ``index / fps``.
+    """
+
+    total_num_frames: int
+    fps: float
+    duration: float
+    height: int
+    width: int
+    timestamps: np.ndarray
+    video_backend: str
+    codec: str = ""
+    rotation_degrees: int = 0
+    timing_assumed: bool = False
+
+
+@dataclass(frozen=True)
+class ImageMetadata:
+    """Size of an image as displayed (EXIF orientation applied)."""
+
+    height: int
+    width: int
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """How resized frames become rows: merge-block-major patches of (channels, temporal, height, width)."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """What a decoder has to deliver, as plain data: these frames, this size, this layout.
+
+    Frame indices are ascending and may repeat (a one-frame clip shown twice). The number of frames is padded to a multiple
+    of ``layout.temporal_patch_size`` by repeating the last.
+    """
+
+    frame_indices: tuple[int, ...]
+    height: int
+    width: int
+    layout: PatchLayout
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """Patch grid (temporal, height, width)."""
+        tps, ps = self.layout.temporal_patch_size, self.layout.patch_size
+        return (-(-len(self.frame_indices) // tps), self.height // ps, self.width // ps)
+
+    @property
+    def patches_shape(self) -> tuple[int, int]:
+        """Shape of the uint8 patch matrix: (t*h*w, channels * temporal_patch_size * patch_size**2)."""
+        t, h, w = self.grid_thw
+        return (t * h * w, 3 * self.layout.temporal_patch_size * self.layout.patch_size**2)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(x - 255*mean) / (255*std)`` per channel, as the reference processors fuse rescaling and normalising."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class PlaceholderRange:
+    """Where the embeddings of one media segment stand in the prompt, in tokens."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """First token after the range."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class MediaFeature:
+    """One media item as the engine sees it.
+
+    ``patches`` holds uint8 pixels in patch layout, (t*h*w, 3*tps*ps*ps); the model normalises them. ``segments`` has one
+    range per independently encodable piece, in order: for a Qwen3-VL video one per temporal group (``grid_thw[0]`` of
+    them), for an image one. All segments of an item have the same number of patch rows.
+    """
+
+    modality: Modality
+    patches: SharedTensor
+    grid_thw: tuple[int, int, int]
+    normalization: Normalization
+    media_hash: str
+    segments: tuple[PlaceholderRange, ...]
+
+
+@dataclass(frozen=True)
+class MediaRecord:
+    """What was really seen of one media item; ``out.media`` has one for each, in prompt order."""
+
+    type: str
+    num_frames: int
+    frame_indices: list[int]
+    timestamps: list[float]
+    height: int
+    width: int
+    num_tokens: int
+    cached: bool
+    """True if nothing of it was decoded for this request."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ProcessedPrompt:
+    """A prompt ready for the engine.
+
+    ``positions`` is int32 (3, num_tokens) where the model uses M-RoPE, else None; generated token i (counted from the start
+    of the prompt) then has position ``i + position_delta`` on all axes.
+    """
+
+    token_ids: list[int]
+    features: tuple[MediaFeature, ...] = ()
+    positions: np.ndarray | None = None
+    position_delta: int = 0
+    media: tuple[MediaRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends.
+
+    ``max_tokens`` None means "to the end of the context". ``temperature`` 0 is greedy. ``top_k`` 0 or -1 means all.
+    Raises :class:`InvalidRequestError` naming the field, the value and the allowed range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
+        _check("temperature", self.temperature, float, 0.0, 100.0)
+        _check("top_p", self.top_p, float, 0.0, 1.0, low_open=True)
+        _check("top_k", self.top_k, int, -1, 2**31 - 1)
+        _check("min_p", self.min_p, float, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, float, 0.0, 100.0, low_open=True)
+        _check("presence_penalty", self.presence_penalty, float, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, float, -2.0, 2.0)
+        if self.seed is not None:
+            _check("seed", self.seed, int, -(2**63), 2**63 - 1)
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > 64:
+            raise InvalidRequestError(f"stop has {len(self.stop)} strings; at most 64 are allowed", param="stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError("stop must be non-empty strings", param="stop")
+        for token_id in self.stop_token_ids:
+            _check("stop_token_ids", token_id, int, 0, 2**31 - 1)
+
+
+def _check(name: str, value: object, kind: type, low: float, high: float, *, low_open: bool = False) -> None:
+    """Raise unless ``value`` is a number of ``kind`` in [low, high] (or (low, high])."""
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        what = "a number" if kind is float else "an integer"
+        raise InvalidRequestError(f"{name} must be {what}, not {value!r:.80}", param=name)
+    if not (low <= value <= high) or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise InvalidRequestError(f"{name} must be in {bracket}{low}, {high}], not {value}", param=name)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer; ``cached_tokens`` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    image_tokens: int = 0
+    video_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answer so far; streaming yields one for each step, the last has ``finish_reason``.
+
+    ``text`` and ``token_ids`` are cumulative; ``delta`` is the text added by this step. ``stop_reason`` is the stop string
+    or token id that ended the answer, None for end-of-sequence.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason | None
+    usage: Usage
+    media: list[MediaRecord]
+    delta: str = ""
+    stop_reason: str | int | None = None
