@@ -16,15 +16,25 @@ class MediaConfig:
     """
 
     allow_local_files: bool = True
+    """Whether ``file://`` and plain paths may be read from anywhere."""
     allowed_local_media_path: str | None = None
+    """Directory that media may be read from with file:// or a path; without it, from nowhere."""
     allow_private_media_urls: bool = False
+    """Download media from addresses that are not public, too."""
     max_media_bytes: int = 2 * 1024**3
+    """Largest media file, in bytes."""
     fetch_timeout_seconds: float = 60.0
+    """Longest time a download may take altogether."""
     connect_timeout_seconds: float = 10.0
+    """Longest time until a media server accepts a connection."""
     max_redirects: int = 5
+    """Most redirects followed for one download."""
     max_image_pixels: int = 178_956_970
+    """Largest picture or video frame, in pixels before resizing."""
     max_video_frames: int = 2048
+    """Most frames taken from one video, whatever a request asks."""
     max_items_per_request: int = 64
+    """Most images and videos in one request."""
     num_decode_threads: int | None = None
     """Threads that decode, over all requests; None means the number of cores this process may use."""
     video: FrameSampling = FrameSampling()
@@ -43,6 +53,7 @@ class ProcessorConfig:
     image: PixelLimits = PixelLimits()
     video: PixelLimits = PixelLimits()
     video_prompt_form: str = "auto"
+    """Video prompt as written by newer Transformers (nested), by the first release (flat) or as installed (auto)."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +67,31 @@ class EngineConfig:
 
     model: str
     revision: str | None = None
+    """Branch, tag or commit of a checkpoint on the hub."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
+    """Type of weights and cache: auto, float32, bfloat16 or float16."""
     max_model_len: int | None = None
+    """Longest prompt and answer together, in tokens; the model's own limit if not given."""
     max_num_seqs: int = 16
+    """Most requests computed in one step."""
     max_num_batched_tokens: int = 2048
+    """Most tokens computed in one step; longer prompts are cut into chunks of it."""
     block_size: int | None = None
+    """Tokens in a block of the KV cache; what suits the device if not given."""
     kv_cache_gb: float | None = None
+    """Memory for keys and values, in GiB; 40 % of what is free on a CPU if not given."""
     encoder_cache_gb: float | None = None
+    """Memory for encoded images and videos, in GiB; 5 % of what is free if not given."""
     gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that may be used."""
     enable_prefix_caching: bool = True
+    """Reuse keys and values of prompts that begin alike."""
     num_threads: int | None = None
     """Threads of the model's forward pass on CPU; None means the number of cores this process may use."""
     seed: int = 0
+    """Seed for requests that bring none."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +109,26 @@ class ServerConfig:
 
     llm: LLMConfig
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
     port: int = 8000
+    """Port to listen on; 0 for any that is free."""
     served_model_name: str | None = None
+    """Name of the model in requests and answers; MODEL if not given."""
     max_body_bytes: int = 512 * 1024**2
+    """Largest request body, in bytes."""
     keep_alive_seconds: float = 15.0
     """An SSE comment line is sent when a stream has been silent for this long."""
+    body_idle_timeout_seconds: float = 30.0
+    """Longest silence while a request body arrives."""
+    drain_timeout_seconds: float = 30.0
+    """Time that running requests have to finish after SIGTERM."""
+    max_content_parts: int = 4096
+    """Most messages and content parts in one request."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that requests must bring as "Authorization: Bearer KEY"; FILMSTRIP_API_KEY in the environment does the same."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host name that requests may be addressed to; any if none is given, only this machine's own if --host is local."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web origin whose pages may call the server from a browser; none if not given."""
+    log_level: str = "info"
+    """debug, info, warning or error."""

@@ -31,7 +31,19 @@ class Modality(str, Enum):
 
 
 FinishReason = Literal["stop", "length", "abort"]
-ProgressStage = Literal["fetch", "decode", "queue", "prefill", "decode_tokens"]
+ProgressStage = Literal["fetch", "decode", "queue", "prefill", "generate"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is, for people who wait: ``done`` of ``total`` items, frames or tokens of ``stage``.
+
+    ``fetch`` counts media items, ``decode`` frames, ``prefill`` and ``generate`` tokens; ``total`` 0 means "not known".
+    """
+
+    stage: ProgressStage
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -39,11 +51,17 @@ class FrameSampling:
     """Which frames of a video are wanted; None means "not said here", -1 in num_frames or fps means "no limit"."""
 
     num_frames: int | None = None
+    """At most this many frames of a video; -1 for no limit."""
     fps: float | None = None
+    """At most this many frames for each second of a video; -1 for no limit."""
     min_frames: int | None = None
+    """At least this many frames, where the video has them."""
     max_frames: int | None = None
+    """Never more frames than this, whatever else is asked."""
     start_seconds: float | None = None
+    """Look at the video from this time on."""
     end_seconds: float | None = None
+    """Look at the video up to this time."""
 
     def or_else(self, default: FrameSampling) -> FrameSampling:
         """Fill what is not said here from ``default``, field by field."""
@@ -228,19 +246,33 @@ class SamplingParams:
     """
 
     max_tokens: int | None = None
+    """Longest answer, in tokens; to the end of the context if not given."""
     temperature: float = 1.0
+    """0 always takes the likeliest token; higher values choose more freely."""
     top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
     top_k: int = 0
+    """Choose among this many of the likeliest tokens; 0 or -1 for all."""
     min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest."""
     repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and the answer less likely, below 1 more likely."""
     presence_penalty: float = 0.0
+    """Positive values make tokens that the answer has already less likely."""
     frequency_penalty: float = 0.0
+    """The same, for each time the answer has the token."""
     seed: int | None = None
+    """The same seed gives the same choices."""
     stop: tuple[str, ...] = ()
+    """End the answer before this text."""
     stop_token_ids: tuple[int, ...] = ()
+    """End the answer at this token."""
     ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
     include_stop_str_in_output: bool = False
+    """Leave the stop text in the answer."""
     skip_special_tokens: bool = True
+    """Leave control tokens out of the text."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
