@@ -1,0 +1,111 @@
+"""Messages to prompt pieces through the checkpoint's chat template; text typed by people stays text.
+
+Control tokens are recognised only where the template itself wrote them. Before rendering, every control token spelled
+inside a message gets an invisible mark after its first character; after rendering the prompt is split at the unmarked
+ones and the marks are taken out. The mark is a Unicode noncharacter that occurs in no message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from filmstrip.errors import InvalidRequestError, ModelLoadError
+from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.tokenizer import Tokenizer
+
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_RESERVED_KWARGS = frozenset(
+    {"chat_template", "tokenize", "conversation", "messages", "return_dict", "return_tensors", "add_generation_prompt"}
+    | {"continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs", "tools", "documents"}
+)
+
+
+class ChatTemplate:
+    """Renders conversations with the template that came with the checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, files: CheckpointFiles) -> None:
+        """Find the template in the tokenizer, ``chat_template.jinja`` or ``chat_template.json``; ModelLoadError if none."""
+        self._tokenizer = tokenizer
+        template = (
+            tokenizer.hf.chat_template
+            or files.text("chat_template.jinja")
+            or files.json("chat_template.json").get("chat_template")
+        )
+        if not template:
+            raise ModelLoadError(f"{files.model!r} has no chat template, so it cannot answer messages", param="model")
+        self._template = template
+        prefixes = {token[:end] for token in tokenizer.special_tokens for end in range(1, len(token))}
+        self._prefixes = sorted(prefixes, key=len, reverse=True)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str | int]:
+        """Text pieces and control token ids of the prompt, in order.
+
+        Raises InvalidRequestError when the template refuses the messages or ``template_kwargs`` names a reserved variable.
+        """
+        reserved = sorted(_RESERVED_KWARGS & set(template_kwargs or ()))
+        if reserved:
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {', '.join(reserved)}", param="chat_template_kwargs"
+            )
+        mark = self._choose_mark(messages)
+        try:
+            rendered = self._tokenizer.hf.apply_chat_template(
+                [self._protect(message, mark) for message in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(template_kwargs or {}),
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+        pieces = self._tokenizer.split_special(rendered)
+        return [piece.replace(mark, "") if isinstance(piece, str) else piece for piece in pieces]
+
+    def _choose_mark(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        used: set[str] = set()
+        for text in _strings(messages):
+            used.update(re.findall("[\ufdd0-\ufdef]", text))
+        free = next((mark for mark in _NONCHARACTERS if mark not in used), None)
+        if free is None:
+            raise InvalidRequestError("messages use all Unicode noncharacters U+FDD0..U+FDEF", param="messages")
+        return free
+
+    def _protect(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._protect_text(value, mark)
+        if isinstance(value, Mapping):
+            return {key: self._protect(inner, mark) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._protect(inner, mark) for inner in value]
+        return value
+
+    def _protect_text(self, text: str, mark: str) -> str:
+        text = self._tokenizer.special_pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], text)
+        # The end of one part could complete a control token with the start of what the template puts behind it.
+        tail = next((prefix for prefix in self._prefixes if text.endswith(prefix)), None)
+        if tail is not None:
+            at = len(text) - len(tail) + 1
+            text = text[:at] + mark + text[at:]
+        return text
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in _strings(inner)]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _strings(inner)]
+    return []

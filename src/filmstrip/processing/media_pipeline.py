@@ -1,0 +1,206 @@
+"""Media items to features: fetch, plan, and read pixels, sharing work between requests; knows no engine.
+
+Two phases, so that a prompt's length is known before anything is decoded: :meth:`MediaPipeline.plan` fetches and looks at
+the header, :meth:`MediaPipeline.read` decodes. What was read is kept, up to a byte budget, under the hash of the bytes and
+of every option that changes pixels or tokens; a second question about a clip opens and decodes nothing. Requests that want
+the same pixels at the same time wait for one decode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from filmstrip.errors import MediaError
+from filmstrip.media.loader import FetchedMedia, MediaLoader, OpenedMedia, is_presampled
+from filmstrip.processing.base import PlannedMedia, Processor
+from filmstrip.shared_tensor import SharedTensor
+from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, VideoMetadata
+
+
+@dataclass(frozen=True)
+class ProcessedMedia:
+    """One item's pixels and what they show; ``frame_indices`` and ``timestamps`` are of the frames really delivered."""
+
+    media: PlannedMedia
+    metadata: VideoMetadata | ImageMetadata
+    media_hash: str
+    frame_indices: tuple[int, ...]
+    patches: SharedTensor
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it keeps."""
+        timestamps = self.metadata.timestamps.nbytes if isinstance(self.metadata, VideoMetadata) else 0
+        return self.patches.num_bytes + timestamps
+
+
+@dataclass
+class PlannedItem:
+    """One item of a request after planning; ``processed`` is set when it came from the cache."""
+
+    item: MediaItem
+    media: PlannedMedia
+    metadata: VideoMetadata | ImageMetadata
+    cache_key: str
+    media_hash: str
+    opened: OpenedMedia | None = None
+    processed: ProcessedMedia | None = None
+
+    def close(self) -> None:
+        """Release the open file, if any; may be called twice."""
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            opened.close()
+
+
+@dataclass
+class _Decode:
+    """A decode under way and how many requests wait for it."""
+
+    task: asyncio.Task[ProcessedMedia]
+    num_waiting: int = 0
+
+
+@dataclass
+class MediaCacheStats:
+    """Counters of the processed-media cache."""
+
+    hits: int = 0
+    misses: int = 0
+    num_bytes: int = 0
+    num_items: int = 0
+
+
+class MediaPipeline:
+    """Runs on one event loop; ``max_cache_bytes`` bounds what is kept between requests."""
+
+    def __init__(self, loader: MediaLoader, processor: Processor, max_cache_bytes: int) -> None:
+        self.stats = MediaCacheStats()
+        self._loader, self._processor, self._max_cache_bytes = loader, processor, max_cache_bytes
+        self._cache: OrderedDict[str, ProcessedMedia] = OrderedDict()
+        self._decodes: dict[str, _Decode] = {}
+
+    async def close(self) -> None:
+        """Stop what is under way and drop what is kept."""
+        for decode in list(self._decodes.values()):
+            decode.task.cancel()
+        self._cache.clear()
+        await self._loader.close()
+
+    async def plan(self, item: MediaItem) -> PlannedItem:
+        """Fetch ``item`` and decide what of it is shown; raises the MediaError family."""
+        fetched = await self._loader.fetch(item)
+        cache_key = _cache_key(fetched)
+        processed = self._cached(cache_key)
+        if processed is not None:
+            self.stats.hits += 1
+            return PlannedItem(
+                item, processed.media, processed.metadata, cache_key, processed.media_hash, processed=processed
+            )
+        self.stats.misses += 1
+        opened = await self._loader.open(fetched)
+        try:
+            media = self.plan_media(item, opened.metadata)
+        except BaseException:
+            opened.close()
+            raise
+        return PlannedItem(item, media, opened.metadata, cache_key, _media_hash(fetched, media.plan), opened)
+
+    def plan_media(self, item: MediaItem, metadata: VideoMetadata | ImageMetadata) -> PlannedMedia:
+        """The model's choice of frames and size for ``item``, from what its header says."""
+        try:
+            if isinstance(metadata, ImageMetadata):
+                plan = self._processor.plan_image(metadata, item.pixels)
+                return PlannedMedia(Modality.IMAGE, plan, ())
+            plan = self._processor.plan_video(metadata, item.sampling, item.pixels, presampled=is_presampled(item))
+        except MediaError as error:
+            error.param = error.param or item.param
+            raise
+        return PlannedMedia(Modality.VIDEO, plan, _timestamps(metadata, plan.frame_indices))
+
+    async def read(self, planned: PlannedItem) -> ProcessedMedia:
+        """Pixels of a planned item; closes it. Requests for the same pixels share one decode."""
+        if planned.processed is not None:
+            return planned.processed
+        ready = self._cached(planned.cache_key)
+        if ready is not None:
+            planned.close()
+            return ready
+        decode = self._decodes.get(planned.cache_key)
+        if decode is None:
+            decode = self._start_decode(planned)
+        else:
+            planned.close()
+        decode.num_waiting += 1
+        try:
+            return await asyncio.shield(decode.task)
+        finally:
+            decode.num_waiting -= 1
+            if decode.num_waiting == 0:  # nobody is left to want it
+                self._forget(planned.cache_key, decode)
+                decode.task.cancel()
+
+    def _start_decode(self, planned: PlannedItem) -> _Decode:
+        decode = _Decode(asyncio.create_task(self._decode(planned)))
+        self._decodes[planned.cache_key] = decode
+
+        def ended(_: asyncio.Task[ProcessedMedia]) -> None:  # a callback, because a task may be cancelled unstarted
+            planned.close()
+            self._forget(planned.cache_key, decode)
+
+        decode.task.add_done_callback(ended)
+        return decode
+
+    def _forget(self, key: str, decode: _Decode) -> None:
+        if self._decodes.get(key) is decode:
+            del self._decodes[key]
+
+    async def _decode(self, planned: PlannedItem) -> ProcessedMedia:
+        assert planned.opened is not None
+        plan = planned.media.plan
+        patches, frame_indices = await self._loader.read(planned.opened, plan)
+        media, notes = planned.media, []
+        if isinstance(planned.metadata, VideoMetadata):
+            media = PlannedMedia(media.modality, plan, _timestamps(planned.metadata, frame_indices))
+            if planned.metadata.timing_assumed:
+                notes.append("no timing was given for the frames; 2 frames per second are assumed")
+            missing = sum(wanted != got for wanted, got in zip(plan.frame_indices, frame_indices, strict=True))
+            if missing:
+                notes.append(f"{missing} frames could not be decoded; the last good frame before each stands in")
+        processed = ProcessedMedia(media, planned.metadata, planned.media_hash, frame_indices, patches, tuple(notes))
+        self._keep(planned.cache_key, processed)
+        return processed
+
+    def _cached(self, key: str) -> ProcessedMedia | None:
+        processed = self._cache.get(key)
+        if processed is not None:
+            self._cache.move_to_end(key)
+        return processed
+
+    def _keep(self, key: str, processed: ProcessedMedia) -> None:
+        if processed.num_bytes > self._max_cache_bytes:
+            return
+        self._cache[key] = processed
+        self.stats.num_bytes += processed.num_bytes
+        while self.stats.num_bytes > self._max_cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self.stats.num_bytes -= oldest.num_bytes
+        self.stats.num_items = len(self._cache)
+
+
+def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(metadata.timestamps[list(frame_indices)].tolist())
+
+
+def _cache_key(fetched: FetchedMedia) -> str:
+    item = fetched.item
+    options = repr((item.type.value, item.sampling, item.timing, item.pixels))
+    return hashlib.sha256(f"{fetched.content_hash}\n{options}".encode()).hexdigest()
+
+
+def _media_hash(fetched: FetchedMedia, plan: FramePlan) -> str:
+    return hashlib.sha256(f"{fetched.content_hash}\n{fetched.item.type.value}\n{plan!r}".encode()).hexdigest()

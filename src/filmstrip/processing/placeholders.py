@@ -1,0 +1,93 @@
+"""Prompt pieces to token ids, placeholder ranges and M-RoPE positions; knows no pixels and no family's wording.
+
+Media stand in the prompt by range, never by token id: what a user types can neither move nor break them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from filmstrip.types import PlaceholderRange
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """One media segment in the prompt: ``height * width`` tokens of ``token_id`` for item number ``item``."""
+
+    item: int
+    token_id: int
+    height: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.height * self.width
+
+
+Piece = str | int | Placeholder
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Token ids, and the placeholders with their offsets in them."""
+
+    token_ids: list[int]
+    placed: list[tuple[int, Placeholder]]
+
+    def segments(self, item: int) -> tuple[PlaceholderRange, ...]:
+        """Ranges of one item's segments, in order."""
+        return tuple(PlaceholderRange(offset, p.length) for offset, p in self.placed if p.item == item)
+
+
+def assemble(pieces: Sequence[Piece], encode_text: Callable[[str], list[int]]) -> Assembled:
+    """Encode text pieces (neighbours as one, as a tokenizer would see them) and lay out placeholders."""
+    token_ids: list[int] = []
+    placed: list[tuple[int, Placeholder]] = []
+    text: list[str] = []
+
+    def flush() -> None:
+        if text:
+            token_ids.extend(encode_text("".join(text)))
+            text.clear()
+
+    for piece in pieces:
+        if isinstance(piece, str):
+            text.append(piece)
+            continue
+        flush()
+        if isinstance(piece, Placeholder):
+            placed.append((len(token_ids), piece))
+            token_ids.extend([piece.token_id] * piece.length)
+        else:
+            token_ids.append(piece)
+    flush()
+    return Assembled(token_ids, placed)
+
+
+def mrope_positions(num_tokens: int, placed: Sequence[tuple[int, Placeholder]]) -> tuple[np.ndarray, int]:
+    """Multimodal rotary positions of a whole prompt.
+
+    Text advances all three axes (temporal, height, width) by one per token. A segment of h x w tokens has the same temporal
+    position throughout, its row and column on the other axes, and the text behind it goes on ``max(h, w)`` later
+    (Qwen3-VL: every temporal group of a video is such a segment; Transformers' ``Qwen3VLModel.get_rope_index``).
+
+    Returns int32 (3, num_tokens), and the delta by which generated tokens' positions differ from their index.
+    """
+    positions = np.empty((3, num_tokens), np.int32)
+    index = current = 0
+    for offset, placeholder in placed:
+        positions[:, index:offset] = np.arange(current, current + offset - index)
+        current += offset - index
+        index = offset + placeholder.length
+        rows, columns = np.divmod(np.arange(placeholder.length), placeholder.width)
+        positions[0, offset:index] = current
+        positions[1, offset:index] = current + rows
+        positions[2, offset:index] = current + columns
+        current += max(placeholder.height, placeholder.width)
+    positions[:, index:] = np.arange(current, current + num_tokens - index)
+    current += num_tokens - index
+    return positions, current - num_tokens

@@ -1,0 +1,197 @@
+"""Messages to a prompt the engine can run: the template's words, the media's pixels, positions; knows no engine.
+
+Phase one loads headers and plans; then the prompt's length is known and checked; phase two decodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from filmstrip.config import LLMConfig
+from filmstrip.errors import ContextLengthError
+from filmstrip.media.loader import MediaLoader, is_presampled
+from filmstrip.processing.base import PlannedMedia
+from filmstrip.processing.chat_template import ChatTemplate
+from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem, ProcessedMedia
+from filmstrip.processing.messages import MediaOptions, parse_media_options, parse_messages
+from filmstrip.processing.placeholders import Assembled, assemble
+from filmstrip.processing.registry import create_processor
+from filmstrip.processing.tasks import gather_or_cancel
+from filmstrip.processing.tokenizer import Tokenizer
+from filmstrip.types import (
+    MediaFeature,
+    MediaItem,
+    MediaRecord,
+    Modality,
+    PlaceholderRange,
+    ProcessedPrompt,
+    Progress,
+    ProgressStage,
+    VideoMetadata,
+)
+
+T = TypeVar("T")
+
+
+class PromptBuilder:
+    """Everything between a request's messages and the engine, for one checkpoint; runs on one event loop."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        """Load tokenizer, chat template and preprocessor settings; raises ModelLoadError."""
+        files = CheckpointFiles(config.engine.model, config.engine.revision)
+        self.tokenizer = Tokenizer(config.engine.model, config.engine.revision)
+        self.generation_config = files.json("generation_config.json")
+        self._template = ChatTemplate(self.tokenizer, files)
+        self._processor = create_processor(self.tokenizer, files, config.processor, config.media)
+        self.pipeline = MediaPipeline(
+            MediaLoader(config.media), self._processor, int(config.media.media_cache_gb * 1024**3)
+        )
+        self._max_items = config.media.max_items_per_request
+        self._default_options = MediaOptions(
+            config.media.video, image_pixels=config.processor.image, video_pixels=config.processor.video
+        )
+
+    async def build(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_model_len: int,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        report: Callable[[Progress], None],
+    ) -> ProcessedPrompt:
+        """The prompt of a conversation, its media decoded; all of them at the same time.
+
+        Raises the InvalidRequestError family, ContextLengthError before anything is decoded.
+        """
+        options = parse_media_options(media_io_kwargs, mm_processor_kwargs, self._default_options)
+        conversation = parse_messages(messages, options, max_items=self._max_items)
+        pieces = await asyncio.to_thread(
+            self._template.render,
+            conversation.messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=chat_template_kwargs,
+        )
+        return await self._prepare(pieces, conversation.items, max_model_len, report)
+
+    async def close(self) -> None:
+        """Stop downloads and decodes, drop what is cached."""
+        await self.pipeline.close()
+
+    async def _prepare(
+        self, pieces: list[str | int], items: list[MediaItem], max_model_len: int, report: Callable[[Progress], None]
+    ) -> ProcessedPrompt:
+        fetched = _Counter("fetch", len(items), report)
+        planned = await gather_or_cancel(
+            [fetched.count(self.pipeline.plan(item)) for item in items], discard=PlannedItem.close
+        )
+        try:
+            assembled = await asyncio.to_thread(self._assemble, pieces, [item.media for item in planned])
+            await asyncio.to_thread(self._check_length, pieces, assembled, planned, max_model_len)
+            decoded = _Counter("decode", sum(len(item.media.plan.frame_indices) for item in planned), report)
+            ready = await gather_or_cancel(
+                [decoded.count(self.pipeline.read(item), len(item.media.plan.frame_indices)) for item in planned]
+            )
+        finally:
+            for item in planned:
+                item.close()
+        if any(now.media != before.media for now, before in zip(ready, planned, strict=True)):
+            # A damaged clip showed other frames than planned: the prompt must name their times.
+            assembled = await asyncio.to_thread(self._assemble, pieces, [item.media for item in ready])
+            await asyncio.to_thread(self._check_length, pieces, assembled, planned, max_model_len)
+        features = tuple(self._feature(item, assembled.segments(i)) for i, item in enumerate(ready))
+        records = tuple(
+            _record(item, feature, cached=before.processed is not None)
+            for item, feature, before in zip(ready, features, planned, strict=True)
+        )
+        positions, delta = self._processor.positions(assembled)
+        return ProcessedPrompt(assembled.token_ids, features, positions, delta, records)
+
+    def _feature(self, item: ProcessedMedia, segments: tuple[PlaceholderRange, ...]) -> MediaFeature:
+        modality, plan = item.media.modality, item.media.plan
+        normalization = self._processor.normalization(modality)
+        return MediaFeature(modality, item.patches, plan.grid_thw, normalization, item.media_hash, segments)
+
+    def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:
+        return assemble(self._processor.expand(pieces, media), self.tokenizer.encode_text)
+
+    def _check_length(
+        self, pieces: list[str | int], assembled: Assembled, planned: list[PlannedItem], max_model_len: int
+    ) -> None:
+        num_tokens = len(assembled.token_ids)
+        if num_tokens < max_model_len:
+            return
+        media_tokens = sum(placeholder.length for _, placeholder in assembled.placed)
+        message = (
+            f"the prompt has {num_tokens} tokens ({media_tokens} of them media), but prompt and answer together may have "
+            f"{max_model_len} (--max-model-len)"
+        )
+        videos = [item for item in planned if isinstance(item.metadata, VideoMetadata)]
+        if videos:
+            largest = max(videos, key=lambda item: item.media.plan.patches_shape[0])
+            message += "; " + self._advice(pieces, planned, largest, max_model_len)
+        elif planned:
+            message += "; lower mm_processor_kwargs.image.max_pixels"
+        raise ContextLengthError(message, param="messages")
+
+    def _advice(
+        self, pieces: list[str | int], planned: list[PlannedItem], largest: PlannedItem, max_model_len: int
+    ) -> str:
+        """How many frames of the largest video would fit, found by planning it with fewer."""
+
+        def fits(num_frames: int) -> bool:
+            sampling = dataclasses.replace(largest.item.sampling, num_frames=num_frames, fps=None, min_frames=None)
+            item = dataclasses.replace(largest.item, sampling=sampling)
+            smaller = self.pipeline.plan_media(item, largest.metadata)
+            media = [smaller if other is largest else other.media for other in planned]
+            return len(self._assemble(pieces, media).token_ids) < max_model_len
+
+        low, high = 0, len(largest.media.plan.frame_indices)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        frames = len(largest.media.plan.frame_indices)
+        if low == 0:
+            return f"not even one of the video's {frames} frames fits; lower mm_processor_kwargs.video.max_pixels"
+        how = "send fewer frames" if is_presampled(largest.item) else f"set media_io_kwargs.video.num_frames to {low}"
+        return f"{low} of the video's {frames} frames would fit: {how}, or lower mm_processor_kwargs.video.max_pixels"
+
+
+class _Counter:
+    """Reports how much of a stage is done as its parts complete."""
+
+    def __init__(self, stage: ProgressStage, total: int, report: Callable[[Progress], None]) -> None:
+        self._stage: ProgressStage = stage
+        self._total, self._report, self._done = total, report, 0
+        if total:
+            report(Progress(stage, 0, total))
+
+    async def count(self, awaitable: Awaitable[T], amount: int = 1) -> T:
+        result = await awaitable
+        self._done += amount
+        self._report(Progress(self._stage, self._done, self._total))
+        return result
+
+
+def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool) -> MediaRecord:
+    plan = item.media.plan
+    is_video = item.media.modality is Modality.VIDEO
+    return MediaRecord(
+        type=item.media.modality.value,
+        num_frames=len(item.frame_indices),
+        frame_indices=list(item.frame_indices) if is_video else [],
+        timestamps=list(item.media.timestamps),
+        height=plan.height,
+        width=plan.width,
+        num_tokens=sum(segment.length for segment in feature.segments),
+        cached=cached,
+        notes=list(item.notes),
+    )

@@ -1,0 +1,153 @@
+"""Text to token ids and back, where special tokens are only what the chat template wrote; knows no media.
+
+A user's text may contain ``<|im_end|>`` or ``<|video_pad|>``. Tokenizers turn such strings into control tokens wherever
+they stand, so prompts are split at the control tokens *of the template* first (:mod:`filmstrip.processing.chat_template`)
+and everything between is encoded here with control tokens switched off.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer
+
+from filmstrip.errors import ModelLoadError
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, seen from both sides."""
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        """Load from a directory or hub id; raises ModelLoadError."""
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadError(f"cannot load the tokenizer of {model!r}: {error}", param="model") from error
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelLoadError(f"{model!r} has no tokenizer.json (a fast tokenizer), which is needed", param="model")
+        # A copy of our own: the switch is a state of the tokenizer, and the shared one must keep its default.
+        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._plain.encode_special_tokens = True
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        added = self.hf.added_tokens_decoder
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._strips = {
+            token_id: (bool(token.lstrip), bool(token.rstrip)) for token_id, token in added.items() if token.special
+        }
+        self._special_ids = frozenset(self.special_tokens.values())
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a turn, if the tokenizer names one."""
+        return self.hf.eos_token_id
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of ``text``, in which control tokens are spelled out like any other text."""
+        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+
+    def split_special(self, rendered: str) -> list[str | int]:
+        """Split a rendered prompt at its control tokens: text pieces and token ids in order.
+
+        White space beside a token that says it swallows it (``lstrip``, ``rstrip``) is dropped, as tokenizers do.
+        """
+        pieces: list[str | int] = []
+        start = 0
+        strip_next = False
+        for match in self.special_pattern.finditer(rendered):
+            token_id = self.special_tokens[match.group()]
+            strip_before, strip_after = self._strips[token_id]
+            self._append_text(pieces, rendered[start : match.start()], strip_next, strip_before)
+            pieces.append(token_id)
+            start, strip_next = match.end(), strip_after
+        self._append_text(pieces, rendered[start:], strip_next, False)
+        return pieces
+
+    @staticmethod
+    def _append_text(pieces: list[str | int], text: str, strip_left: bool, strip_right: bool) -> None:
+        if strip_left:
+            text = text.lstrip()
+        if strip_right:
+            text = text.rstrip()
+        if text:
+            pieces.append(text)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
+        return self._plain.decode(token_ids, skip_special_tokens=False)
+
+
+class StreamingDecoder:
+    """Turns tokens that arrive one by one into text that only ever grows.
+
+    A token may hold part of a character, and its text may depend on the token before it, so each step decodes a short
+    window twice (with and without the new tokens) and emits the difference once it ends in a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids: list[int] = []
+        self._window_start = 0
+        self._emitted = 0
+
+    def push(self, token_ids: list[int]) -> str:
+        """Text that became certain by adding ``token_ids``."""
+        self._ids.extend(token_ids)
+        before, now = self._window()
+        if now.endswith("�"):
+            return ""
+        self._window_start, self._emitted = self._emitted, len(self._ids)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for an unfinished character."""
+        before, now = self._window()
+        self._window_start = self._emitted = len(self._ids)
+        return now[len(before) :]
+
+    def _window(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        before = decode(self._ids[self._window_start : self._emitted], skip_special_tokens=self._skip)
+        now = decode(self._ids[self._window_start :], skip_special_tokens=self._skip)
+        return before, now
+
+
+class StopStrings:
+    """Finds stop strings in text that arrives in pieces, and holds back what might become one."""
+
+    def __init__(self, stop: tuple[str, ...], *, include: bool = False) -> None:
+        self._stop, self._include = stop, include
+        self._held = ""
+        self._max_held = max(map(len, stop), default=1) - 1
+
+    def push(self, delta: str, *, last: bool = False) -> tuple[str, str | None]:
+        """Text that may be shown now, and the stop string found (None while there is none).
+
+        With ``last`` nothing is held back. After a stop string was found the rest of the text is dropped.
+        """
+        text = self._held + delta
+        found = min(
+            ((text.find(stop), stop) for stop in self._stop if stop in text), key=lambda hit: hit[0], default=None
+        )
+        if found is not None:
+            position, stop = found
+            self._held = ""
+            return text[: position + (len(stop) if self._include else 0)], stop
+        keep = 0 if last else self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop string."""
+        for length in range(min(self._max_held, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,45 @@
+"""Placeholders: ranges and three-axis positions, checked against the worked example of the reference."""
+
+import numpy as np
+
+from filmstrip.processing.placeholders import Placeholder, assemble, mrope_positions
+from filmstrip.types import PlaceholderRange
+
+
+def encode(text):
+    return [1000 + ord(character) for character in text]
+
+
+def test_neighbouring_text_is_encoded_as_one():
+    seen = []
+
+    def spy(text):
+        seen.append(text)
+        return encode(text)
+
+    assembled = assemble(["ab", "c", 7, "d", Placeholder(0, 9, 1, 2), "e"], spy)
+    assert seen == ["abc", "d", "e"]
+    assert assembled.token_ids == [*encode("abc"), 7, *encode("d"), 9, 9, *encode("e")]
+    assert assembled.segments(0) == (PlaceholderRange(5, 2),)
+
+
+def test_positions_of_the_worked_example():
+    # 2 text, start, three 2x3 groups each followed by an end and a start, then one 3x2 image.
+    pieces = [5, 6, 1]
+    for _ in range(3):
+        pieces += [Placeholder(0, 9, 2, 3), 2, 1]
+    pieces += [Placeholder(1, 8, 3, 2), 2]
+    assembled = assemble(pieces, encode)
+    positions, delta = mrope_positions(len(assembled.token_ids), assembled.placed)
+    assert positions[0, 3:9].tolist() == [3] * 6
+    assert positions[1, 3:9].tolist() == [3, 3, 3, 4, 4, 4]
+    assert positions[2, 3:9].tolist() == [3, 4, 5, 3, 4, 5]
+    assert positions[:, 9].tolist() == [6] * 3
+    assert delta == positions.max() + 1 - len(assembled.token_ids)
+    assert delta == -12
+
+
+def test_text_alone_counts_up():
+    positions, delta = mrope_positions(4, [])
+    np.testing.assert_array_equal(positions, np.tile(np.arange(4), (3, 1)))
+    assert delta == 0
