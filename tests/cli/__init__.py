@@ -1,0 +1,1 @@
+"""Tests of the command line, against a model that is a script."""

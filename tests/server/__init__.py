@@ -1,0 +1,1 @@
+"""Tests of the HTTP server, against a model that is a script."""
