@@ -16,7 +16,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## ask a served checkpoint about a bundled clip over HTTP
 	$(BIN)/python -m filmstrip.demo
 
-test: $(STAMP)  ## the whole test suite
+# The parity tests run Transformers' video processors in a process of their own; those need torchvision, which must stay
+# out of the environment that Filmstrip runs in.
+$(VENV)/parity/torchvision: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/parity torchvision==0.28.0
+
+test: $(STAMP) $(VENV)/parity/torchvision  ## the whole test suite
 	$(BIN)/python -m pytest tests
 
 check: $(STAMP)  ## format, lint, types, layers

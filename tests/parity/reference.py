@@ -1,0 +1,92 @@
+"""Transformers' own answer to a list of cases, run as a program: ``python reference.py FOLDER``.
+
+It runs in a process of its own because Transformers' video processors need torchvision, which must not reach the process
+that tests Filmstrip. ``FOLDER`` holds ``cases.json`` and one ``NAME.npz`` of decoded media per case; each case's reference
+values are written to ``NAME.out.npz``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+# torchvision built for another torch lacks these two operators; defining them is enough to import it.
+_LIBRARY = torch.library.Library("torchvision", "DEF")
+_LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers.video_utils import VideoMetadata  # noqa: E402
+
+
+def load_media(case: dict, arrays) -> tuple[list, list, list, bool]:
+    """Images, videos, their metadata, and whether the processor is to sample the videos itself."""
+    images, videos, metadata, sample = [], [], [], True
+    for i, item in enumerate(case["media"]):
+        pixels = arrays[f"media{i}"]
+        if item["type"] == "image":
+            images.append(Image.fromarray(pixels))
+            continue
+        videos.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        sample = sample and item["frames_indices"] is None
+        metadata.append(
+            VideoMetadata(
+                total_num_frames=item["total_num_frames"],
+                fps=item["fps"],
+                duration=item["total_num_frames"] / item["fps"],
+                height=pixels.shape[1],
+                width=pixels.shape[2],
+                frames_indices=item["frames_indices"],
+            )
+        )
+    return images, videos, metadata, sample
+
+
+@torch.inference_mode()
+def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
+    """Everything a parity test compares, as arrays."""
+    images, videos, metadata, sample = load_media(case, arrays)
+    prompt = processor.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
+    options = {"do_sample_frames": sample, "cap_pixels_per_frame": False} if videos else {}
+    inputs = processor(
+        text=[prompt],
+        images=images or None,
+        videos=videos or None,
+        video_metadata=metadata or None,
+        return_tensors="pt",
+        **options,
+    )
+    grids = {key: inputs[key] for key in ("image_grid_thw", "video_grid_thw") if key in inputs}
+    positions, delta = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=case["max_new_tokens"],
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    out = {key: value.numpy() for key, value in inputs.items()}
+    out["positions"], out["delta"] = positions[:, 0].numpy(), delta.numpy()
+    out["new_token_ids"] = generated.sequences[0, inputs["input_ids"].shape[1] :].numpy()
+    out["logits"] = torch.cat(generated.logits).numpy()
+    return out
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(2)
+    cases = json.loads((folder / "cases.json").read_text())
+    for checkpoint in dict.fromkeys(case["checkpoint"] for case in cases):
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+        model.generation_config.eos_token_id = None  # every case gives its full number of tokens
+        for case in cases:
+            if case["checkpoint"] == checkpoint:
+                with np.load(folder / f"{case['name']}.npz") as arrays:
+                    np.savez(folder / f"{case['name']}.out.npz", **run_case(case, arrays, processor, model))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
