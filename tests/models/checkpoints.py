@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL checkpoints for tests, made once in a test session for each set of arguments."""
+"""What tests need to make tiny Qwen3-VL checkpoints; the builder itself lives with the demo, which uses it too."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""Packed Q, K and V of one step in, attention over pages in GPU memory out; knows no model and no scheduler.
+
+PyTorch's ``varlen_attn`` reads pages through a block table where it is new enough; otherwise, and for fp32, which flash
+attention does not compute, the pages of each request are gathered and go through ``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from filmstrip.models.batch import Batch
+from filmstrip.models.dense_attention import attend_dense
+from filmstrip.models.paged_attention import AttentionShape
+
+logger = logging.getLogger(__name__)
+
+FLASH_BLOCK_MULTIPLE = 256
+"""Flash attention 2 takes pages of a multiple of 256 tokens ("Paged KV cache block size must be divisible by 256" in
+``mha_varlen_fwd`` of PyTorch's flash_api.cpp)."""
+
+GATHER_BLOCK_SIZE = 32
+"""Tokens per page where pages are gathered: small pages waste less memory, and a copy does not mind."""
+
+MAX_FLASH_HEAD_DIM = 256
+"""The widest head that flash attention 2 computes."""
+
+VarlenAttention = Callable[..., torch.Tensor]
+
+
+class CudaPagedAttention:
+    """Pages (num_blocks, block_size, num_kv_heads, head_dim) for each layer, one tensor for K and one for V."""
+
+    def __init__(
+        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, block_size: int | None = None
+    ) -> None:
+        """Choose the kernel; ``block_size`` None means the one that suits it.
+
+        A ``block_size`` that flash attention cannot read leaves the gather path, which is said in the log.
+        """
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.varlen = usable_varlen_attention(shape, dtype, device, block_size)
+        self.block_size = block_size or (FLASH_BLOCK_MULTIPLE if self.varlen else GATHER_BLOCK_SIZE)
+        self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make ``num_blocks`` zeroed pages for every layer; pages made before are dropped first."""
+        page_shape = (num_blocks, self.block_size, self.shape.num_kv_heads, self.shape.head_dim)
+        self.pages = []
+        for _ in range(self.shape.num_layers):
+            key_pages, value_pages = (torch.zeros(page_shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self.pages.append((key_pages, value_pages))
+
+    def begin(self, batch: Batch) -> CudaAttentionStep:
+        """Prepare the forward pass of ``batch``."""
+        return CudaAttentionStep(self, batch)
+
+
+class CudaAttentionStep:
+    """One forward pass on a CUDA device."""
+
+    def __init__(self, attention: CudaPagedAttention, batch: Batch) -> None:
+        self._attention = attention
+        self._batch = batch
+        self._varlen_arguments = varlen_arguments(batch) if attention.varlen else {}
+
+    def attend(
+        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
+        key_pages, value_pages = self._attention.pages[layer_index]
+        key_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
+        value_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
+        if self._attention.varlen is None:
+            return attend_gathered(self._batch, query, key_pages, value_pages, scaling)
+        return self._attention.varlen(
+            query.contiguous(), key_pages, value_pages, scale=scaling, **self._varlen_arguments
+        )
+
+
+def varlen_arguments(batch: Batch) -> dict[str, Any]:
+    """What ``varlen_attn`` is told about ``batch``: everything but Q, pages and scale.
+
+    A window of (-1, 0) is causal, aligned at the lower right when there are fewer queries than keys, which is what a chunk
+    over cached pages needs.
+    """
+    context_lens = batch.context_lens.to(torch.int32)
+    return {
+        "cu_seq_q": batch.cu_seqlens_q.to(torch.int32),
+        # Flash attention takes both cumulative tensors or none; with a block table it reads seqused_k, not this one.
+        "cu_seq_k": torch.nn.functional.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+        "max_q": max(batch.query_lens),
+        "max_k": max(batch.context_lens_list),
+        "window_size": (-1, 0),
+        "enable_gqa": True,
+        "seqused_k": context_lens,
+        "block_table": batch.block_tables.to(torch.int32),
+    }
+
+
+def attend_gathered(
+    batch: Batch, query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of each request over a contiguous copy of its pages (num_blocks, block_size, num_kv_heads, head_dim)."""
+    block_size = key_pages.shape[1]
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    start = 0
+    for blocks, num_rows, length in zip(batch.block_tables, batch.query_lens, batch.context_lens_list, strict=True):
+        used = blocks[: -(-length // block_size)]
+        keys, values = (pages[used].flatten(0, 1)[:length].transpose(0, 1) for pages in (key_pages, value_pages))
+        rows = slice(start, start + num_rows)
+        output[rows] = attend_dense(query[rows], keys, values, scaling)
+        start += num_rows
+    return output
+
+
+def usable_varlen_attention(
+    shape: AttentionShape, dtype: torch.dtype, device: torch.device, block_size: int | None
+) -> VarlenAttention | None:
+    """PyTorch's ``varlen_attn`` if it can read our pages on ``device``, else None and a line in the log saying why."""
+    varlen, reason = find_varlen_attention(), ""
+    if varlen is None:
+        reason = f"PyTorch {torch.__version__} has no varlen_attn with block tables"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        reason = f"flash attention computes float16 and bfloat16, not {dtype}"
+    elif shape.head_dim > MAX_FLASH_HEAD_DIM or shape.head_dim % 8:
+        reason = f"flash attention takes head sizes up to {MAX_FLASH_HEAD_DIM} in steps of 8, not {shape.head_dim}"
+    elif block_size is not None and block_size % FLASH_BLOCK_MULTIPLE:
+        reason = f"block_size {block_size} is not a multiple of {FLASH_BLOCK_MULTIPLE}"
+    else:
+        reason = probe_varlen_attention(varlen, shape, dtype, device)
+    if not reason:
+        return varlen
+    logger.warning("attention gathers K and V pages for each request, which is slower: %s", reason)
+    return None
+
+
+def find_varlen_attention() -> VarlenAttention | None:
+    """``torch.nn.attention.varlen.varlen_attn`` if it exists and takes block tables, grouped heads and windows."""
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    needed = {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"}
+    return varlen if needed <= set(inspect.signature(varlen).parameters) else None
+
+
+@torch.inference_mode()
+def probe_varlen_attention(
+    varlen: VarlenAttention, shape: AttentionShape, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Run ``varlen`` once on two small requests; empty if it answers like the gather path, else what was wrong.
+
+    The signature alone does not tell: the same Python function may run a kernel that refuses pages on this GPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    key_pages, value_pages = (random(3, FLASH_BLOCK_MULTIPLE, shape.num_kv_heads, shape.head_dim) for _ in range(2))
+    query = random(5, shape.num_query_heads, shape.head_dim)
+    batch = Batch(
+        token_ids=torch.zeros(5, dtype=torch.int64, device=device),
+        positions=torch.zeros(3, 5, dtype=torch.int64, device=device),
+        slot_mapping=torch.zeros(5, dtype=torch.int64, device=device),
+        cu_seqlens_q=torch.tensor([0, 4, 5], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([FLASH_BLOCK_MULTIPLE + 3, 7], dtype=torch.int32, device=device),
+        block_tables=torch.tensor([[2, 0], [1, 0]], dtype=torch.int32, device=device),
+        logits_indices=torch.tensor([3, 4], device=device),
+        query_lens=[4, 1],
+        context_lens_list=[FLASH_BLOCK_MULTIPLE + 3, 7],
+    )
+    scaling = shape.head_dim**-0.5
+    try:
+        output = varlen(query, key_pages, value_pages, scale=scaling, **varlen_arguments(batch))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return f"varlen_attn refuses pages here ({str(error).splitlines()[0][:200]})"
+    expected = attend_gathered(batch, query.float(), key_pages.float(), value_pages.float(), scaling)
+    difference = (output.float() - expected).abs().max().item()
+    return "" if difference < 0.05 else f"varlen_attn is off by {difference:.2g} on a small case"

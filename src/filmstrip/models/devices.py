@@ -1,0 +1,80 @@
+"""Device and dtype wishes in, what this machine computes with out; picks the attention backend; knows no checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from filmstrip.errors import ModelLoadError
+from filmstrip.models.cpu_attention import CpuPagedAttention
+from filmstrip.models.cuda_attention import CudaPagedAttention
+from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device or else the CPU; raises :class:`ModelLoadError` for what is not there."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelLoadError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", param="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelLoadError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", param="device")
+    if device.type == "cuda" and (device.index or 0) >= (num_devices := torch.cuda.device_count()):
+        raise ModelLoadError(
+            f"device {name!r} is not here: PyTorch {torch.__version__} sees {num_devices} CUDA devices; use device=cpu "
+            "or install a PyTorch built for your GPU",
+            param="device",
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
+
+
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    "auto" is the checkpoint's own on CUDA. On a CPU it is bfloat16 for a bfloat16 checkpoint where the CPU multiplies
+    bfloat16 in hardware (AVX512-BF16 or AMX), else float32: emulated 16-bit arithmetic is several times slower than fp32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return checkpoint_dtype
+        return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 and cpu_has_bfloat16_units() else torch.float32
+    if name not in _DTYPES:
+        raise ModelLoadError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}", param="dtype")
+    if name == "float16" and device.type == "cpu":
+        raise ModelLoadError(
+            "dtype float16 is served on CUDA only (CPUs emulate it slowly); on a CPU use dtype=auto, float32 or bfloat16",
+            param="dtype",
+        )
+    return _DTYPES[name]
+
+
+def cpu_has_bfloat16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; False where ``cpuinfo`` (Linux) does not exist."""
+    try:
+        text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = next(
+        (line.split(":", 1)[-1].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), []
+    )
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def num_usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_attention(
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype, block_size: int | None
+) -> PagedAttention:
+    """The attention backend of ``device``; ``block_size`` None means the one that suits it."""
+    if device.type == "cuda":
+        return CudaPagedAttention(shape, dtype, device, block_size)
+    return CpuPagedAttention(shape, dtype, block_size)

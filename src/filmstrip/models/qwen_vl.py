@@ -1,0 +1,212 @@
+"""Patches in, embeddings out; packed tokens in, logits out, for Qwen3-VL dense and MoE; knows no pixels and no prompts.
+
+The modules are Transformers' own. Three things are ours: attention over paged K and V, the patch embedding as a matrix
+product, and media rows put into the packed batch by range, so that an id in a prompt never decides what is a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from filmstrip.models.attention_interface import ATTENTION_NAME
+from filmstrip.models.base import EncoderInput, ModelInfo
+from filmstrip.models.batch import Batch, EmbeddingPlacement
+from filmstrip.models.checkpoint import Checkpoint
+from filmstrip.models.devices import make_attention
+from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.types import Normalization
+
+MAX_PATCHES_PER_FORWARD = 16384
+"""Patches that go through the vision tower at once; more are taken in turns, which bounds its activations (segments do not
+see each other, so the result is the same)."""
+
+
+class QwenVLModel:
+    """A Qwen3-VL or Qwen3-VL-MoE checkpoint in memory with its paged KV cache."""
+
+    def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
+        """Wrap ``module``, a Transformers ``Qwen3VL[Moe]ForConditionalGeneration`` whose text attention is paged."""
+        self.info = info
+        self._attention = attention
+        self._language_model = module.model.language_model
+        self._visual = module.model.visual
+        self._lm_head = module.lm_head
+        self._visual.patch_embed = LinearPatchEmbed(self._visual.patch_embed.proj)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> QwenVLModel:
+        """Load the weights of ``checkpoint``; raises :class:`ModelLoadError`."""
+        module = checkpoint.load_module(
+            getattr(transformers, checkpoint.architecture),
+            attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+        )
+        text_config = module.config.text_config
+        shape = AttentionShape(
+            num_layers=text_config.num_hidden_layers,
+            num_query_heads=text_config.num_attention_heads,
+            num_kv_heads=text_config.num_key_value_heads,
+            head_dim=text_config.head_dim,
+        )
+        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
+        info = ModelInfo(
+            vocab_size=text_config.vocab_size,
+            hidden_size=text_config.hidden_size,
+            max_position_embeddings=text_config.max_position_embeddings,
+            num_embedding_rows=1 + len(module.config.vision_config.deepstack_visual_indexes),
+            block_size=attention.block_size,
+            kv_bytes_per_token=shape.kv_bytes_per_token(checkpoint.dtype),
+            device=checkpoint.device,
+            dtype=checkpoint.dtype,
+        )
+        return cls(module, attention, info)
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate K and V pages of ``num_blocks`` blocks for every layer."""
+        self._attention.allocate(num_blocks)
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """Embeddings of each item's segments: (tokens_per_segment, 1 + num_deepstack, hidden_size) in ``info.dtype``.
+
+        Every tensor owns its memory, so a cache that drops one segment frees it.
+        """
+        pieces = [(index, piece) for index, item in enumerate(items) for piece in _split_item(item)]
+        embeddings: list[list[torch.Tensor]] = [[] for _ in items]
+        for group in _forward_groups(pieces):
+            for (index, _), segments in zip(group, self._encode_pieces([piece for _, piece in group]), strict=True):
+                embeddings[index] += segments
+        return embeddings
+
+    def _encode_pieces(self, pieces: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """One pass through the vision tower; the segments of each piece."""
+        pixels = torch.cat(
+            [normalize_patches(piece.patches.to(self.info.device), piece.normalization) for piece in pieces]
+        )
+        grid_thw = torch.tensor([piece.grid_thw for piece in pieces], device=self.info.device)
+        output = self._visual(pixels.to(self.info.dtype), grid_thw=grid_thw)
+        levels = [output.pooler_output, *output.deepstack_features]
+        result, start = [], 0
+        for piece in pieces:
+            grid_t, grid_h, grid_w = piece.grid_thw
+            num_rows = grid_t * grid_h * grid_w // self._visual.spatial_merge_unit // piece.num_segments
+            starts = range(start, start + num_rows * piece.num_segments, num_rows)
+            result.append([torch.stack([level[row : row + num_rows] for level in levels], dim=1) for row in starts])
+            start += num_rows * piece.num_segments
+        return result
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
+        placements = sorted(batch.placements, key=lambda placement: placement.start)
+        media_rows = _media_rows(placements, batch.num_tokens)
+        embeds = self._embed(batch.token_ids, placements, media_rows)
+        hidden_states = self._language_model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=torch.cat([batch.positions[:1], batch.positions]).unsqueeze(1),
+            use_cache=False,
+            visual_pos_masks=None if media_rows is None else media_rows.unsqueeze(0),
+            deepstack_visual_embeds=None if media_rows is None else self._deepstack(placements),
+            paged_step=self._attention.begin(batch),
+        ).last_hidden_state[0]
+        return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    def _embed(
+        self, token_ids: torch.Tensor, placements: Sequence[EmbeddingPlacement], media_rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Embedding of each row, (N, hidden_size): the table's for text, the encoder's for media."""
+        if media_rows is None:
+            return self._language_model.embed_tokens(token_ids)
+        # The id of a media row may be anything, even outside the table: row 0 stands in and is overwritten.
+        embeds = self._language_model.embed_tokens(token_ids.masked_fill(media_rows, 0))
+        for placement in placements:
+            embeds[placement.start : placement.start + len(placement.embeddings)] = placement.embeddings[:, 0]
+        return embeds
+
+    def _deepstack(self, placements: Sequence[EmbeddingPlacement]) -> list[torch.Tensor]:
+        """For each DeepStack level what is added to the media rows, in row order: (num_media_rows, hidden_size)."""
+        levels = range(1, self.info.num_embedding_rows)
+        return [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
+
+
+class LinearPatchEmbed(torch.nn.Module):
+    """The patch embedding as one matrix product.
+
+    A convolution whose stride is its kernel sees each patch once, and a patch row already lies in kernel order (channel,
+    time, height, width), so it equals a linear layer on rows, which runs several times faster on CPU.
+    """
+
+    def __init__(self, convolution: torch.nn.Conv3d) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=False)
+        self.bias = None if convolution.bias is None else torch.nn.Parameter(convolution.bias.detach(), False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(num_patches, C * T * H * W) -> (num_patches, embed_dim)."""
+        return F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+
+
+def normalize_patches(patches: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    """uint8 patch rows (num_patches, 3 * tps * ps * ps) to fp32, bit-equal to the reference processors.
+
+    They fuse rescaling into normalising: mean and std times 255 as fp32 tensors, then a subtraction and a division
+    (``BaseImageProcessor.rescale_and_normalize`` in Transformers).
+    """
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=patches.device) * 255.0
+        for values in (normalization.mean, normalization.std)
+    )
+    channels = patches.to(torch.float32).unflatten(1, (len(normalization.mean), -1))
+    return channels.sub_(mean[:, None]).div_(std[:, None]).flatten(1)
+
+
+def _split_item(item: EncoderInput) -> Iterable[EncoderInput]:
+    """``item`` in runs of whole segments of at most ``MAX_PATCHES_PER_FORWARD`` patches (a single segment may be more)."""
+    rows_per_segment = len(item.patches) // item.num_segments
+    grid_t, grid_h, grid_w = item.grid_thw
+    frames_per_segment = grid_t // item.num_segments
+    step = max(1, MAX_PATCHES_PER_FORWARD // rows_per_segment)
+    for first in range(0, item.num_segments, step):
+        count = min(step, item.num_segments - first)
+        yield EncoderInput(
+            modality=item.modality,
+            patches=item.patches[first * rows_per_segment : (first + count) * rows_per_segment],
+            grid_thw=(count * frames_per_segment, grid_h, grid_w),
+            normalization=item.normalization,
+            num_segments=count,
+        )
+
+
+def _forward_groups(pieces: list[tuple[int, EncoderInput]]) -> Iterable[list[tuple[int, EncoderInput]]]:
+    """Consecutive pieces that fit into one pass of the vision tower together."""
+    group: list[tuple[int, EncoderInput]] = []
+    num_patches = 0
+    for piece in pieces:
+        size = len(piece[1].patches)
+        if group and num_patches + size > MAX_PATCHES_PER_FORWARD:
+            yield group
+            group, num_patches = [], 0
+        group.append(piece)
+        num_patches += size
+    if group:
+        yield group
+
+
+def _media_rows(placements: Sequence[EmbeddingPlacement], num_tokens: int) -> torch.Tensor | None:
+    """bool (N,): which rows are media; None if none. Raises ValueError if ``placements`` (sorted) overlap or stick out."""
+    if not placements:
+        return None
+    rows = torch.zeros(num_tokens, dtype=torch.bool, device=placements[0].embeddings.device)
+    end = 0
+    for placement in placements:
+        if placement.start < end:
+            raise ValueError(f"media rows overlap at row {placement.start}: the ones before end at {end}")
+        end = placement.start + len(placement.embeddings)
+        rows[placement.start : end] = True
+    if end > num_tokens:
+        raise ValueError(f"media rows end at {end} in a batch of {num_tokens} tokens")
+    return rows

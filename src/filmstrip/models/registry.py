@@ -1,0 +1,51 @@
+"""Architecture names in, model classes out; loads a family's file only when one of its checkpoints is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from filmstrip.errors import ModelLoadError
+
+_MODEL_CLASSES = {
+    "Qwen3VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
+    "Qwen3VLMoeForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
+}
+"""Checkpoint architecture (``architectures`` of its config.json) -> module and class that serve it."""
+
+
+def supported_architectures() -> list[str]:
+    """Every architecture that can be served, sorted."""
+    return sorted(_MODEL_CLASSES)
+
+
+def find_architecture(architectures: Sequence[str], model: str) -> str:
+    """The first of a checkpoint's ``architectures`` that is supported.
+
+    Raises :class:`ModelLoadError` naming ``model``, what it has, the nearest supported names and the whole list.
+    """
+    for architecture in architectures:
+        if architecture in _MODEL_CLASSES:
+            return architecture
+    supported = supported_architectures()
+    if not architectures:
+        raise ModelLoadError(
+            f"config.json of {model!r} names no architecture (field 'architectures'); supported are: "
+            + ", ".join(supported),
+            param="model",
+        )
+    nearest = difflib.get_close_matches(architectures[0], supported, n=2, cutoff=0.5)
+    hint = f"; did you mean a checkpoint of {' or '.join(nearest)}?" if nearest else ""
+    raise ModelLoadError(
+        f"{model!r} has the architecture {', '.join(architectures)}, which is not supported{hint} "
+        f"Supported architectures: {', '.join(supported)}",
+        param="model",
+    )
+
+
+def model_class(architecture: str) -> Any:
+    """The class that serves ``architecture``; its module is imported now. KeyError if it is not a supported name."""
+    module_name, _, class_name = _MODEL_CLASSES[architecture].partition(":")
+    return getattr(importlib.import_module(module_name), class_name)

@@ -1,0 +1,1 @@
+"""Tests of the models: attention over pages, encoding, forward passes, loading."""
