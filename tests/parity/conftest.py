@@ -157,6 +157,12 @@ def run_reference(folder, cases, checkpoint):
         spec, arrays = reference_case(case, checkpoint)
         np.savez(folder / f"{case.name}.npz", **arrays)
         specs.append(spec)
+    run_reference_program(folder, specs)
+    return {name: dict(np.load(folder / f"{name}.out.npz")) for name in cases}
+
+
+def run_reference_program(folder, specs):
+    """Run ``reference.py`` where torchvision can be imported."""
     (folder / "cases.json").write_text(json.dumps(specs))
     script = Path(__file__).with_name("reference.py")
     environment = os.environ | {"PYTHONPATH": str(PARITY_SITE)}
@@ -164,7 +170,6 @@ def run_reference(folder, cases, checkpoint):
         [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return {name: dict(np.load(folder / f"{name}.out.npz")) for name in cases}
 
 
 def build_prompts(cases, checkpoint, **processor):

@@ -2,7 +2,8 @@
 
 It runs in a process of its own because Transformers' video processors need torchvision, which must not reach the process
 that tests Filmstrip. ``FOLDER`` holds ``cases.json`` and one ``NAME.npz`` of decoded media per case; each case's reference
-values are written to ``NAME.out.npz``.
+values are written to ``NAME.out.npz``. Where it holds ``arithmetic.npz`` (columns of sizes and lengths), the reference's
+sizes and frame choices for them are written to ``arithmetic.out.npz``.
 """
 
 import json
@@ -19,6 +20,8 @@ _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers.models.qwen2_vl import image_processing_qwen2_vl as image_reference  # noqa: E402
+from transformers.models.qwen3_vl import video_processing_qwen3_vl as video_reference  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
 
@@ -75,8 +78,34 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
     return out
 
 
+def or_refused(function, *args, **kwargs) -> tuple[int, int]:
+    """A size, or (0, 0) where the reference raises."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError:
+        return 0, 0
+
+
+def run_arithmetic(arrays) -> dict[str, np.ndarray]:
+    """``smart_resize`` of both processors and the frame counts of the default sampling rule."""
+    processor = video_reference.Qwen3VLVideoProcessor()
+    images, videos, indices = [], [], []
+    for n, height, width, low, high in arrays["sizes"].tolist():
+        limits = {"factor": 32, "min_pixels": low, "max_pixels": high}
+        images.append(or_refused(image_reference.smart_resize, height, width, **limits))
+        videos.append(or_refused(video_reference.smart_resize, n, height, width, temporal_factor=2, **limits))
+    for total, fps in arrays["lengths"].tolist():
+        metadata = VideoMetadata(total_num_frames=int(total), fps=fps)
+        chosen = processor.sample_frames(metadata, fps=2)
+        indices.append(np.pad(chosen, (0, 768 - len(chosen)), constant_values=-1))
+    return {"images": np.array(images), "videos": np.array(videos), "indices": np.array(indices)}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(2)
+    if (folder / "arithmetic.npz").exists():
+        with np.load(folder / "arithmetic.npz") as arrays:
+            np.savez(folder / "arithmetic.out.npz", **run_arithmetic(arrays))
     cases = json.loads((folder / "cases.json").read_text())
     for checkpoint in dict.fromkeys(case["checkpoint"] for case in cases):
         processor = AutoProcessor.from_pretrained(checkpoint)

@@ -17,7 +17,7 @@ CASES = [
 def pixels(prompt, modality):
     """float32 pixel values of one modality, as the model gets them, or None."""
     parts = [
-        normalize_patches(feature.patches.torch(), feature.normalization, torch.float32)
+        normalize_patches(feature.patches.torch(), feature.normalization)
         for feature in prompt.features
         if feature.modality is modality
     ]
