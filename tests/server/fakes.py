@@ -39,7 +39,11 @@ class Abort:
 
 @dataclasses.dataclass
 class FakeLLM:
-    """Says ``script`` one piece per step; waits for ``gate`` before the prompt is ready and for ``step_gate`` before steps."""
+    """Says ``script``, one piece per step.
+
+    While ``hold_prompt`` is set the prompt is not ready, while ``hold_steps`` is set no step is done. ``running`` and
+    ``aborted`` name the requests that are, and that were closed before their end.
+    """
 
     script: Sequence[str | Abort] = ("A ", "cat", ".")
     finish_reason: str = "stop"
@@ -107,7 +111,7 @@ class FakeLLM:
                 self.aborted.append(request_id)
 
     async def _wait(self, hold: threading.Event) -> None:
-        while hold.is_set():
+        while hold.is_set():  # noqa: ASYNC110 - set by the test's thread, not by this loop
             await asyncio.sleep(0.01)
 
     def _output(
