@@ -11,8 +11,8 @@ from filmstrip.models.batch import Batch, EmbeddingPlacement
 from filmstrip.types import PlaceholderRange
 
 
-@dataclass
-class Sequence_:
+@dataclass(eq=False)
+class PackedRequest:
     """One request: its tokens, M-RoPE positions (3, L), media embeddings by range and the blocks it owns."""
 
     token_ids: list[int]
@@ -21,33 +21,33 @@ class Sequence_:
     media: list[tuple[PlaceholderRange, torch.Tensor]] = field(default_factory=list)
 
 
-def text_sequence(token_ids: Sequence[int], blocks: Sequence[int]) -> Sequence_:
+def text_request(token_ids: Sequence[int], blocks: Sequence[int]) -> PackedRequest:
     """A request without media."""
-    return Sequence_(list(token_ids), torch.arange(len(token_ids)).expand(3, -1), list(blocks))
+    return PackedRequest(list(token_ids), torch.arange(len(token_ids)).expand(3, -1), list(blocks))
 
 
-def pack(chunks: Sequence[tuple[Sequence_, int, int]], block_size: int, *, all_logits: bool = False) -> Batch:
-    """The batch that runs tokens ``start:end`` of each (sequence, start, end); logits of the last row of each, or of all."""
+def pack(chunks: Sequence[tuple[PackedRequest, int, int]], block_size: int, *, all_logits: bool = False) -> Batch:
+    """The batch that runs tokens ``start:end`` of each (request, start, end); logits of the last row of each, or of all."""
     token_ids: list[int] = []
     positions, slots, placements, last_rows = [], [], [], []
-    for sequence, start, end in chunks:
+    for request, start, end in chunks:
         base = len(token_ids)
-        for place, embeddings in sequence.media:
+        for place, embeddings in request.media:
             low, high = max(place.offset, start), min(place.end, end)
             if low < high:
                 rows = embeddings[low - place.offset : high - place.offset]
                 placements.append(EmbeddingPlacement(base + low - start, rows))
-        token_ids += sequence.token_ids[start:end]
-        positions.append(sequence.positions[:, start:end])
-        slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
+        token_ids += request.token_ids[start:end]
+        positions.append(request.positions[:, start:end])
+        slots += [request.blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
         last_rows.append(len(token_ids) - 1)
     query_lens = [end - start for _, start, end in chunks]
     context_lens = [end for _, _, end in chunks]
     num_blocks = max(-(-length // block_size) for length in context_lens)
     tables = torch.zeros(len(chunks), num_blocks, dtype=torch.int32)
-    for row, (sequence, _, end) in enumerate(chunks):
+    for row, (request, _, end) in enumerate(chunks):
         used = -(-end // block_size)
-        tables[row, :used] = torch.tensor(sequence.blocks[:used], dtype=torch.int32)
+        tables[row, :used] = torch.tensor(request.blocks[:used], dtype=torch.int32)
     return Batch(
         token_ids=torch.tensor(token_ids),
         positions=torch.cat(positions, dim=1),

@@ -5,7 +5,6 @@ Only safetensors are read and no code that comes with a checkpoint is ever run.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from filmstrip.config import EngineConfig
 from filmstrip.errors import ModelLoadError
-from filmstrip.models.devices import resolve_device, resolve_dtype
+from filmstrip.models.devices import DTYPES, resolve_device, resolve_dtype
 from filmstrip.models.registry import find_architecture
 
 logger = logging.getLogger(__name__)
@@ -135,10 +134,12 @@ def _checkpoint_dtype(fields: Mapping[str, Any]) -> torch.dtype:
     text = fields.get("text_config") or {}
     names = (part.get(key) for part in (fields, text) for key in ("dtype", "torch_dtype"))
     name = next((name for name in names if name), "float32")
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ModelLoadError(f"config.json names the dtype {json.dumps(str(name))}, which PyTorch does not have")
-    return dtype
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelLoadError(
+            f"config.json names the dtype {name!r}; weights must be of {', '.join(DTYPES)}", param="model"
+        )
+    return DTYPES[name]
 
 
 def _summary(error: BaseException) -> str:

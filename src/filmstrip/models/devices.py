@@ -12,7 +12,8 @@ from filmstrip.models.cpu_attention import CpuPagedAttention
 from filmstrip.models.cuda_attention import CudaPagedAttention
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a model computes in, by the name that options and configs use."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,14 +45,14 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device
         if device.type == "cuda":
             return checkpoint_dtype
         return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 and cpu_has_bfloat16_units() else torch.float32
-    if name not in _DTYPES:
-        raise ModelLoadError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}", param="dtype")
+    if name not in DTYPES:
+        raise ModelLoadError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}", param="dtype")
     if name == "float16" and device.type == "cpu":
         raise ModelLoadError(
             "dtype float16 is served on CUDA only (CPUs emulate it slowly); on a CPU use dtype=auto, float32 or bfloat16",
             param="dtype",
         )
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def cpu_has_bfloat16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
