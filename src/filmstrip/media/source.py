@@ -5,7 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
+import threading
+import time
+from collections import OrderedDict
 from typing import BinaryIO, Protocol
+
+_CHUNK_BYTES = 1 << 20
+_MAX_REMEMBERED_FILES = 1024
+# A file changed less than this ago may change again without its time stamp showing it (clocks of file systems are coarse).
+_SETTLED_SECONDS = 3.0
 
 
 class MediaSource(Protocol):
@@ -25,10 +34,11 @@ class MediaSource(Protocol):
 class BytesSource:
     """Bytes in memory (a download or a data URL)."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, content_hash: str | None = None) -> None:
+        """Keep ``data``; ``content_hash`` is its SHA-256 if known already."""
         self._data = data
         self.num_bytes = len(data)
-        self.content_hash = hashlib.sha256(data).hexdigest()
+        self.content_hash = content_hash or hashlib.sha256(data).hexdigest()
 
     def open(self) -> BinaryIO:
         """A ``BytesIO`` that shares the bytes."""
@@ -38,14 +48,15 @@ class BytesSource:
 class FileSource:
     """An open file descriptor, read by position so that all readers can share it; takes over the descriptor."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, content_hash: str | None = None, *, cancel: threading.Event | None = None) -> None:
+        """Take over ``fd``, a regular file open for reading.
+
+        ``content_hash`` is the SHA-256 of its bytes if known already; otherwise the file is read now, unless one with the
+        same identity (inode, size, times) was read before. Setting ``cancel`` stops that reading with InterruptedError.
+        """
         self._fd = fd
         self.num_bytes = os.fstat(fd).st_size
-        digest = hashlib.sha256()
-        with self.open() as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        self.content_hash = digest.hexdigest()
+        self.content_hash = content_hash or _FILE_HASHES.hash_of(self, fd, cancel)
 
     def open(self) -> BinaryIO:
         """A buffered reader with a position of its own."""
@@ -55,6 +66,93 @@ class FileSource:
         fd, self._fd = getattr(self, "_fd", -1), -1
         if fd >= 0:
             os.close(fd)
+
+
+class SpooledBytes:
+    """Bytes that arrive bit by bit, kept in memory while they are few and in a nameless temporary file after that.
+
+    Used by one thread at a time. :meth:`finish` gives what arrived as a source; without it everything is freed with this
+    object.
+    """
+
+    def __init__(self, max_memory_bytes: int) -> None:
+        self.num_bytes = 0
+        self._max_memory_bytes = max_memory_bytes
+        self._chunks: list[bytes] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+
+    def write(self, chunk: bytes) -> None:
+        """Add ``chunk``; raises OSError where the disk is full."""
+        self._digest.update(chunk)
+        self.num_bytes += len(chunk)
+        if self._file is None:
+            self._chunks.append(chunk)
+            if self.num_bytes > self._max_memory_bytes:
+                self._file = tempfile.TemporaryFile(prefix="filmstrip-", buffering=0)  # noqa: SIM115  (closed by finish or with the object)
+                self._write_file(b"".join(self._chunks))
+                self._chunks.clear()
+        else:
+            self._write_file(chunk)
+
+    def finish(self) -> MediaSource:
+        """All bytes as a source; nothing may be written after."""
+        content_hash = self._digest.hexdigest()
+        if self._file is None:
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+            return BytesSource(data, content_hash)
+        with self._file as file:
+            return FileSource(os.dup(file.fileno()), content_hash)
+
+    def _write_file(self, chunk: bytes) -> None:
+        assert self._file is not None
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+class _FileHashes:
+    """SHA-256 of files by identity, so that a clip asked about again is not read from end to end again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hashes: OrderedDict[tuple[int, ...], str] = OrderedDict()
+
+    def hash_of(self, owner: FileSource, fd: int, cancel: threading.Event | None) -> str:
+        """The hash of the file ``fd``, read only if its identity is new or too young to be trusted."""
+        before = _identity(fd)
+        with self._lock:
+            known = self._hashes.get(before)
+            if known is not None:
+                self._hashes.move_to_end(before)
+                return known
+        digest = hashlib.sha256()
+        with owner.open() as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                if cancel is not None and cancel.is_set():
+                    raise InterruptedError("reading the file was cancelled")
+        content_hash = digest.hexdigest()
+        changed_seconds = os.fstat(fd).st_ctime
+        if _identity(fd) == before and time.time() - changed_seconds > _SETTLED_SECONDS:
+            self._remember(before, content_hash)
+        return content_hash
+
+    def _remember(self, identity: tuple[int, ...], content_hash: str) -> None:
+        with self._lock:
+            self._hashes[identity] = content_hash
+            if len(self._hashes) > _MAX_REMEMBERED_FILES:
+                self._hashes.popitem(last=False)
+
+
+_FILE_HASHES = _FileHashes()
+
+
+def _identity(fd: int) -> tuple[int, ...]:
+    """Device, inode, size and times: equal before and after means not written in between (ctime cannot be set back)."""
+    status = os.fstat(fd)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class _PositionalReader(io.RawIOBase):
@@ -81,6 +179,8 @@ class _PositionalReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
-        count = os.preadv(self._fd, [buffer], self._position)
+        # Never past the size seen when the file was opened: a file that grows meanwhile would not match its hash.
+        room = max(self._num_bytes - self._position, 0)
+        count = os.preadv(self._fd, [memoryview(buffer)[:room]], self._position)
         self._position += count
         return count
