@@ -36,10 +36,10 @@ class MediaConfig:
     max_items_per_request: int = 64
     """Most images and videos in one request."""
     num_decode_threads: int | None = None
-    """Threads that decode, over all requests; None means the number of cores this process may use."""
+    """Threads that decode, over all requests; as many as this process may use cores if not given."""
     video: FrameSampling = FrameSampling()
     media_cache_gb: float = 1.0
-    """Bytes of processed media kept for the next question about the same clip."""
+    """Memory for processed media kept for the next question about the same clip, in GiB."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Reuse keys and values of prompts that begin alike."""
     num_threads: int | None = None
-    """Threads of the model's forward pass on CPU; None means the number of cores this process may use."""
+    """Threads of the model's forward pass on CPU; as many as this process may use cores if not given."""
     seed: int = 0
     """Seed for requests that bring none."""
 

@@ -1,0 +1,238 @@
+"""The command line's grammar: commands, their flags, and the settings these make; loads no model and no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from filmstrip.cli.options import UsageError, add_flags, flag_name, given_flags, read_flags
+from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig, ServerConfig
+from filmstrip.errors import InvalidRequestError
+from filmstrip.processing.messages import MediaOptions, parse_media_options
+from filmstrip.types import FrameSampling, FrameTiming, SamplingParams
+
+API_KEY_VARIABLE = "FILMSTRIP_API_KEY"
+
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "video_prompt_form": ("auto", "nested", "flat"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
+_SMALLEST_GB = 0.001
+_BOUNDS = {
+    "block_size": (1, math.inf),
+    "body_idle_timeout_seconds": (0.1, math.inf),
+    "connect_timeout_seconds": (0.1, math.inf),
+    "drain_timeout_seconds": (0, math.inf),
+    "encoder_cache_gb": (_SMALLEST_GB, math.inf),
+    "fetch_timeout_seconds": (0.1, math.inf),
+    "gpu_memory_utilization": (0.01, 1.0),
+    "keep_alive_seconds": (0.1, math.inf),
+    "kv_cache_gb": (_SMALLEST_GB, math.inf),
+    "max_body_bytes": (1, math.inf),
+    "max_content_parts": (1, math.inf),
+    "max_image_pixels": (1, math.inf),
+    "max_items_per_request": (0, math.inf),
+    "max_media_bytes": (1, math.inf),
+    "max_model_len": (1, math.inf),
+    "max_num_batched_tokens": (1, math.inf),
+    "max_num_seqs": (1, math.inf),
+    "max_redirects": (0, math.inf),
+    "max_video_frames": (1, math.inf),
+    "media_cache_gb": (0, math.inf),
+    "num_decode_threads": (1, math.inf),
+    "num_threads": (1, math.inf),
+    "port": (0, 65535),
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What the command line says; ``command`` names the command. Prints and exits for --help, --version and errors."""
+    parser = argparse.ArgumentParser(prog="filmstrip", description="Ask models about videos and images.")
+    version = importlib.metadata.version("filmstrip")
+    parser.add_argument("--version", action="version", version=f"filmstrip {version}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (help_text, usage, add_to) in _COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, usage=usage, allow_abbrev=False)
+        command.set_defaults(command=name)
+        add_to(command)
+    if argv and argv[0] in commands.choices:
+        # Unlike subparsers, this lets a question stand behind flags: chat MODEL --video clip.mp4 "What happens?"
+        return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)
+
+
+def server_config(arguments: argparse.Namespace) -> ServerConfig:
+    """Settings of ``filmstrip serve``. Local files are closed but for ``--allowed-local-media-path``."""
+    llm = _llm_config(arguments, allow_local_files=False)
+    config = read_flags(arguments, ServerConfig, llm=llm)
+    api_key = config.api_key or os.environ.get(API_KEY_VARIABLE)
+    return dataclasses.replace(config, api_key=api_key or None)
+
+
+def chat_config(arguments: argparse.Namespace) -> LLMConfig:
+    """Settings of ``filmstrip chat``: local files are open, they are the user's own."""
+    return _llm_config(arguments, allow_local_files=True)
+
+
+def chat_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of SamplingParams given as flags, checked; the rest is for the model to say."""
+    given = given_flags(arguments, SamplingParams)
+    try:
+        SamplingParams(**given)
+    except InvalidRequestError as error:
+        raise UsageError(f"argument {flag_name(error.param or '')}: {error.message}") from None
+    return given
+
+
+def chat_media_io_kwargs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """``media_io_kwargs`` of the flags that say which frames to look at, checked."""
+    given = given_flags(arguments, FrameSampling)
+    kwargs = {"video": given} if given else None
+    try:
+        parse_media_options(kwargs, None, MediaOptions())
+    except InvalidRequestError as error:
+        field = (error.param or "").rpartition(".")[2]
+        message = error.message.replace("media_io_kwargs.video.", "")
+        raise UsageError(f"argument {flag_name(field)}: {message}") from None
+    return kwargs
+
+
+def chat_media(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Content parts of ``--video`` and ``--image``, in the order given. Raises UsageError for a file that is not there."""
+    parts = []
+    for kind, url in arguments.media:
+        if "://" not in url and not url.startswith("data:") and not os.path.isfile(url):
+            raise UsageError(f"argument --{kind}: there is no file {url}")
+        parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
+    return parts
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a model over an OpenAI-compatible HTTP API."
+    _add_model(parser)
+    server = parser.add_argument_group("server")
+    add_flags(server, ServerConfig, skip={"llm"}, choices=_CHOICES, bounds=_BOUNDS)
+    _add_llm_flags(parser, skip_media={"allow_local_files"})
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Ask a model about videos and images. Without a question, ask as often as you like: Ctrl-C ends an answer, "
+        "/exit or Ctrl-D ends the conversation. The answer goes to standard output, everything else to standard error."
+    )
+    _add_model(parser)
+    parser.add_argument("question", nargs="?", help="What to ask; asked for if not given")
+    conversation = parser.add_argument_group("conversation")
+    parser.set_defaults(media=[])
+    conversation.add_argument(
+        "--video", action=_AppendMedia, metavar="FILE_OR_URL", help="A video to look at; repeatable"
+    )
+    conversation.add_argument(
+        "--image", action=_AppendMedia, metavar="FILE_OR_URL", help="An image to look at; repeatable"
+    )
+    conversation.add_argument("--system", metavar="TEXT", help="A system message to begin with")
+    add_flags(parser.add_argument_group("frames of the videos"), FrameSampling)
+    answer = parser.add_argument_group(
+        "answer", "What is not said here is as the checkpoint's generation_config.json says."
+    )
+    add_flags(answer, SamplingParams, show_defaults=False)
+    _add_llm_flags(
+        parser, skip_engine={"seed"}, skip_media={"allow_local_files", "allowed_local_media_path"}
+    )  # --seed is the answer's
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Directory of a checkpoint, or its id on the Hugging Face hub")
+
+
+def _add_llm_flags(
+    parser: argparse.ArgumentParser, *, skip_engine: set[str] | None = None, skip_media: set[str] | None = None
+) -> None:
+    engine = parser.add_argument_group("engine")
+    add_flags(engine, EngineConfig, skip={"model"} | (skip_engine or set()), choices=_CHOICES, bounds=_BOUNDS)
+    media = parser.add_argument_group("media")
+    add_flags(media, MediaConfig, skip={"video"} | (skip_media or set()), bounds=_BOUNDS)
+    media.add_argument(
+        "--media-io-kwargs",
+        type=_media_io_kwargs,
+        metavar="JSON",
+        help='Frames to look at unless a request says more, e.g. \'{"video": {"fps": 1, "num_frames": 64}}\'',
+    )
+    processor = parser.add_argument_group("processor")
+    add_flags(processor, ProcessorConfig, skip={"image", "video"}, choices=_CHOICES)
+    processor.add_argument(
+        "--mm-processor-kwargs",
+        type=_mm_processor_kwargs,
+        metavar="JSON",
+        help='Size limits unless a request says more, e.g. \'{"video": {"max_pixels": 8000000}}\'',
+    )
+
+
+def _llm_config(arguments: argparse.Namespace, *, allow_local_files: bool) -> LLMConfig:
+    path = getattr(arguments, "allowed_local_media_path", None)
+    if path is not None and not os.path.isdir(path):
+        raise UsageError(f"argument --allowed-local-media-path: there is no directory {path}")
+    sampling = (arguments.media_io_kwargs or MediaOptions()).sampling
+    pixels = arguments.mm_processor_kwargs or MediaOptions()
+    return LLMConfig(
+        read_flags(arguments, EngineConfig, model=arguments.model),
+        read_flags(arguments, MediaConfig, allow_local_files=allow_local_files, video=sampling),
+        read_flags(arguments, ProcessorConfig, image=pixels.image_pixels, video=pixels.video_pixels),
+    )
+
+
+class _AppendMedia(argparse.Action):
+    """Collects videos and images in one list, so that their order is kept."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        namespace.media = [*namespace.media, (self.dest, values)]
+
+
+def _media_io_kwargs(text: str) -> MediaOptions:
+    options = _media_options(_json_object(text), None)
+    if dataclasses.replace(options.timing, fps=None) != FrameTiming():
+        raise argparse.ArgumentTypeError(
+            "frames_indices, total_num_frames and duration belong to one video, not to all"
+        )
+    return options
+
+
+def _mm_processor_kwargs(text: str) -> MediaOptions:
+    return _media_options(None, _json_object(text))
+
+
+def _media_options(media_io_kwargs: Any, mm_processor_kwargs: Any) -> MediaOptions:
+    try:
+        return parse_media_options(media_io_kwargs, mm_processor_kwargs, MediaOptions())
+    except InvalidRequestError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text:.80}")
+    return value
+
+
+_COMMANDS = {
+    "serve": ("serve a model over HTTP", "%(prog)s MODEL [options]", _add_serve),
+    "chat": ("ask a model in the terminal", '%(prog)s MODEL [options] ["question"]', _add_chat),
+}
+"""Help, usage and what adds the flags, by command."""
