@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 from filmstrip.errors import MediaBlockedError
 from filmstrip.media.address import HttpTarget, is_public_address, parse_http_url, parse_redirect
 
+
+def _words(text):
+    return text.split()
+
+
 HERE = HttpTarget("https", "allowed.test", 443, "/videos/clip.mp4")
 
 
@@ -112,11 +117,11 @@ def test_whatever_is_accepted_has_a_host_in_normal_form(url):
 
 @pytest.mark.parametrize(
     "address",
-    """127.0.0.1 127.255.255.255 ::1 0.0.0.0 :: 169.254.169.254 fd00:ec2::254 fe80::1 fe80::1%eth0 10.0.0.1 172.16.0.1
+    _words("""127.0.0.1 127.255.255.255 ::1 0.0.0.0 :: 169.254.169.254 fd00:ec2::254 fe80::1 fe80::1%eth0 10.0.0.1 172.16.0.1
     172.31.255.255 192.168.1.1 100.64.0.1 100.100.100.200 192.0.0.192 192.0.2.1 198.51.100.7 203.0.113.9 198.18.0.1
     192.88.99.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 168.63.129.16 ::ffff:127.0.0.1 ::ffff:10.0.0.1
     ::127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1:: 2002:808:808:: 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:db8::1
-    3fff::1 100::1 fc00::1 fec0::1 ff02::1 ff0e::1 4000::1 0177.0.0.1 2130706433 127.1 localhost 8.8.8.8/32""".split(),
+    3fff::1 100::1 fc00::1 fec0::1 ff02::1 ff0e::1 4000::1 0177.0.0.1 2130706433 127.1 localhost 8.8.8.8/32"""),
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public_address(address)
@@ -124,7 +129,8 @@ def test_addresses_that_are_not_public(address):
 
 @pytest.mark.parametrize(
     "address",
-    "8.8.8.8 1.1.1.1 172.32.0.1 100.128.0.1 192.0.1.1 223.255.255.255 2606:4700::1111 2a00:1450:4001::1 64:ff9b::808:808".split(),
+    _words("""8.8.8.8 1.1.1.1 172.32.0.1 100.128.0.1 192.0.1.1 223.255.255.255 2606:4700::1111 2a00:1450:4001::1
+    64:ff9b::808:808"""),
 )
 def test_addresses_that_are_public(address):
     assert is_public_address(address)

@@ -471,21 +471,9 @@ def certificate(tmp_path_factory):
         pytest.skip("needs the openssl command")
     folder = tmp_path_factory.mktemp("tls")
     key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        + [
-            "-keyout",
-            key,
-            "-out",
-            certificate,
-            "-subj",
-            "/CN=allowed.test",
-            "-addext",
-            "subjectAltName=DNS:allowed.test",
-        ],
-        check=True,
-        capture_output=True,
-    )
+    options = f"-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -keyout {key} -out {certificate}"
+    name = "-subj /CN=allowed.test -addext subjectAltName=DNS:allowed.test"
+    subprocess.run(["openssl", "req", *options.split(), *name.split()], check=True, capture_output=True)
     return key, certificate
 
 
@@ -519,6 +507,6 @@ async def test_certificates_of_nobody_known_are_refused(certificate):
 
 async def test_https_on_a_plain_server_is_an_error():
     async with serving(replying(CLIP)) as site:
-        fetcher, _, _ = fetcher_for(site)
+        fetcher, _, _ = fetcher_for(site, connect_timeout_seconds=0.3)
         await refusal(fetcher, "https://allowed.test/clip.mp4")
         assert site.requests == []

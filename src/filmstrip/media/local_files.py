@@ -34,7 +34,10 @@ def file_url_path(url: str) -> str:
         raise MediaBlockedError("a file URL must have an absolute path: file:///absolute/path")
     if "?" in rest or "#" in rest:
         raise MediaBlockedError("a file URL has no query or fragment; percent-encode ? and # (%3F, %23)")
-    return os.fsdecode(unquote_to_bytes(rest.encode("utf-8", "surrogateescape")))
+    try:
+        return os.fsdecode(unquote_to_bytes(rest.encode("utf-8")))
+    except UnicodeEncodeError:
+        raise MediaBlockedError("a file URL must be valid Unicode text") from None
 
 
 def open_anywhere(path: str) -> int:

@@ -1,0 +1,164 @@
+"""Sources: shared readers, spooling, and hashes of files that change."""
+
+import hashlib
+import os
+import threading
+import time
+
+import pytest
+
+from filmstrip.media import source as source_module
+from filmstrip.media.source import BytesSource, FileSource, SpooledBytes
+
+DATA = os.urandom(200_000)
+
+
+def file_source(path, **options):
+    return FileSource(os.open(path, os.O_RDONLY), **options)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file that has not changed for an hour."""
+    path = tmp_path / "clip"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Counts the bytes that are hashed, and makes every file look settled unless told otherwise."""
+    monkeypatch.setattr(source_module, "_FILE_HASHES", source_module._FileHashes())
+    monkeypatch.setattr(source_module, "_SETTLED_SECONDS", -1.0)
+    counter = []
+
+    class Digest:
+        def __init__(self):
+            self._digest = hashlib.new("sha256")
+            self.hexdigest = self._digest.hexdigest
+
+        def update(self, chunk):
+            counter.append(len(chunk))
+            self._digest.update(chunk)
+
+    monkeypatch.setattr(source_module.hashlib, "sha256", Digest)
+    return counter
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_readers_are_independent(path, kind):
+    source = BytesSource(DATA) if kind == "bytes" else file_source(path)
+    assert (source.num_bytes, source.content_hash) == (len(DATA), hashlib.sha256(DATA).hexdigest())
+    first, second = source.open(), source.open()
+    first.seek(1000)
+    assert second.read(10) == DATA[:10]
+    assert first.read(10) == DATA[1000:1010]
+    first.seek(-5, os.SEEK_END)
+    assert first.read() == DATA[-5:]
+    assert first.seek(10, os.SEEK_CUR) == len(DATA) + 10
+    assert first.read() == b""
+
+
+def test_readers_keep_the_file_open(path):
+    reader = file_source(path).open()
+    path.unlink()
+    assert reader.read() == DATA
+
+
+def test_a_file_that_grows_shows_only_what_was_hashed(path):
+    source = file_source(path)
+    with open(path, "ab") as file:
+        file.write(b"more")
+    assert source.open().read() == DATA
+
+
+def test_threads_can_read_one_source_at_once(path):
+    source, wrong = file_source(path), []
+
+    def read(start):
+        with source.open() as file:
+            for position in range(start, len(DATA), 997):
+                file.seek(position)
+                if file.read(50) != DATA[position : position + 50]:
+                    wrong.append(position)
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_known_file_is_not_read_again(path, hashed):
+    content_hash = file_source(path).content_hash
+    assert sum(hashed) == len(DATA)
+    assert file_source(path).content_hash == content_hash
+    assert sum(hashed) == len(DATA)
+
+
+@pytest.mark.parametrize("change", ["content", "append", "replace"])
+def test_a_changed_file_is_read_again(path, hashed, change):
+    before = file_source(path).content_hash
+    if change == "content":
+        times = path.stat()
+        time.sleep(0.02)
+        path.write_bytes(DATA[::-1])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # a time stamp that was set back
+    elif change == "append":
+        with open(path, "ab") as file:
+            file.write(b"x")
+    else:
+        (path.parent / "other").write_bytes(DATA[::-1])
+        os.replace(path.parent / "other", path)
+    source = file_source(path)
+    assert source.content_hash != before
+    assert source.content_hash == BytesSource(path.read_bytes()).content_hash
+
+
+def test_a_file_that_changed_just_now_is_not_remembered(path, hashed, monkeypatch):
+    monkeypatch.setattr(source_module, "_SETTLED_SECONDS", 3600.0)
+    file_source(path)
+    file_source(path)
+    assert sum(hashed) == 2 * len(DATA)
+
+
+def test_only_so_many_files_are_remembered(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(source_module, "_MAX_REMEMBERED_FILES", 2)
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+    for name in "abcca":
+        file_source(tmp_path / name)
+    assert sum(hashed) == 4  # a, b, c, not c again, a again
+
+
+def test_hashing_can_be_cancelled(path, hashed):
+    cancel = threading.Event()
+    cancel.set()
+    descriptors = len(os.listdir("/dev/fd"))
+    with pytest.raises(InterruptedError):
+        file_source(path, cancel=cancel)
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+@pytest.mark.parametrize("max_memory_bytes", [0, 99, 1000, 10**6])
+def test_spooled_bytes_come_back(max_memory_bytes, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spool = SpooledBytes(max_memory_bytes)
+    for position in range(0, len(DATA), 70_000):
+        spool.write(DATA[position : position + 70_000])
+    source = spool.finish()
+    assert isinstance(source, BytesSource if max_memory_bytes == 10**6 else FileSource)
+    assert (source.num_bytes, source.content_hash) == (len(DATA), hashlib.sha256(DATA).hexdigest())
+    assert source.open().read() == DATA
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_spools_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    descriptors = len(os.listdir("/dev/fd"))
+    spool = SpooledBytes(10)
+    spool.write(DATA)
+    assert len(os.listdir("/dev/fd")) == descriptors + 1
+    del spool
+    assert len(os.listdir("/dev/fd")) == descriptors
