@@ -188,7 +188,7 @@ async def test_a_missing_or_broken_frame_is_named(fetcher, payload, message):
 
 async def test_a_million_frames_are_refused_undecoded(fetcher, monkeypatch):
     monkeypatch.setattr(data_url.binascii, "a2b_base64", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(MediaTooLargeError, match="1000000 frames; the limit is 2048 .*--max-video-frames"):
+    with pytest.raises(MediaTooLargeError, match=r"1000000 frames; the limit is 2048 .*--max-video-frames"):
         await fetcher.fetch_frames("data:video/jpeg;base64," + ",".join(["AAAA"] * 10**6), param="p")
 
 

@@ -87,7 +87,6 @@ async def test_a_directory_given_as_a_link_is_the_directory_it_leads_to(tree):
         "R/clip.mp4/x",
         "R/clip.mp4\0",
         "file://R/clip.mp4%00",
-        "file://R/\ud800",
         "R/deep",
         "R",
         "R/",
@@ -114,7 +113,7 @@ async def test_everything_else_gets_one_and_the_same_answer(server, tree, url):
 
 
 @pytest.mark.parametrize(
-    "url", ["file://host/R/clip.mp4", "file:relative", "file://R/clip.mp4?x", "file://R/clip.mp4#x"]
+    "url", ["file://host/R/clip.mp4", "file:relative", "file://R/clip.mp4?x", "file://R/clip.mp4#x", "file://R/\ud800"]
 )
 async def test_malformed_file_urls_are_refused(server, tree, url):
     with pytest.raises(MediaBlockedError, match="file URL"):
@@ -172,8 +171,8 @@ async def test_a_pipe_put_in_after_the_look_does_not_block(server, tree, monkeyp
 
 
 async def test_a_huge_sparse_file_is_refused_unread(server, tree):
-    with open(tree / "root" / "huge.mp4", "wb") as file:
-        file.truncate(1 << 40)
+    (tree / "root" / "huge.mp4").touch()
+    os.truncate(tree / "root" / "huge.mp4", 1 << 40)
     with pytest.raises(MediaTooLargeError, match=r"1099511627776 bytes; the limit is 2147483648 .*--max-media-bytes"):
         await server.fetch(str(tree / "root" / "huge.mp4"))
 

@@ -19,7 +19,7 @@ def file_source(path, **options):
 
 @pytest.fixture
 def path(tmp_path):
-    """A file that has not changed for an hour."""
+    """A file of :data:`DATA`."""
     path = tmp_path / "clip"
     path.write_bytes(DATA)
     return path
@@ -27,14 +27,14 @@ def path(tmp_path):
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """Counts the bytes that are hashed, and makes every file look settled unless told otherwise."""
+    """Counts the bytes that are hashed; every file counts as settled, however young."""
     monkeypatch.setattr(source_module, "_FILE_HASHES", source_module._FileHashes())
     monkeypatch.setattr(source_module, "_SETTLED_SECONDS", -1.0)
     counter = []
 
     class Digest:
-        def __init__(self):
-            self._digest = hashlib.new("sha256")
+        def __init__(self, data=b""):
+            self._digest = hashlib.new("sha256", data)
             self.hexdigest = self._digest.hexdigest
 
         def update(self, chunk):
