@@ -53,6 +53,7 @@ class FakeLLM:
     model_name: str = "org/tiny-vl"
     max_model_len: int = 4096
     is_alive: bool = True
+    prompt_seconds: float = 0.0
     step_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ class FakeLLM:
         try:
             report(Progress("fetch", 1, 1))
             report(Progress("decode", 2, 4))
+            await asyncio.sleep(self.prompt_seconds)
             await self._wait(self.hold_prompt)
             if self.error is not None:
                 finished = True

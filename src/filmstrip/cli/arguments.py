@@ -24,6 +24,8 @@ _CHOICES = {
     "video_prompt_form": ("auto", "nested", "flat"),
     "log_level": ("debug", "info", "warning", "error"),
 }
+_ANSWER_FLAGS = frozenset({"seed"})
+"""Flags of ``chat`` that are about its answers and not, as in ``serve``, about the engine."""
 _SMALLEST_GB = 0.001
 _BOUNDS = {
     "block_size": (1, math.inf),
@@ -78,7 +80,7 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
 
 def chat_config(arguments: argparse.Namespace) -> LLMConfig:
     """Settings of ``filmstrip chat``: local files are open, they are the user's own."""
-    return _llm_config(arguments, allow_local_files=True)
+    return _llm_config(arguments, allow_local_files=True, skip_engine=_ANSWER_FLAGS)
 
 
 def chat_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     server = parser.add_argument_group("server")
     add_flags(server, ServerConfig, skip={"llm"}, choices=_CHOICES, bounds=_BOUNDS)
-    _add_llm_flags(parser, skip_media={"allow_local_files"})
+    _add_llm_flags(parser, skip_media=frozenset({"allow_local_files"}))
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -143,9 +145,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         "answer", "What is not said here is as the checkpoint's generation_config.json says."
     )
     add_flags(answer, SamplingParams, show_defaults=False)
-    _add_llm_flags(
-        parser, skip_engine={"seed"}, skip_media={"allow_local_files", "allowed_local_media_path"}
-    )  # --seed is the answer's
+    closed_only = frozenset({"allow_local_files", "allowed_local_media_path"})
+    _add_llm_flags(parser, skip_engine=_ANSWER_FLAGS, skip_media=closed_only)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,12 +154,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_llm_flags(
-    parser: argparse.ArgumentParser, *, skip_engine: set[str] | None = None, skip_media: set[str] | None = None
+    parser: argparse.ArgumentParser, *, skip_engine: frozenset[str] = frozenset(), skip_media: frozenset[str]
 ) -> None:
     engine = parser.add_argument_group("engine")
-    add_flags(engine, EngineConfig, skip={"model"} | (skip_engine or set()), choices=_CHOICES, bounds=_BOUNDS)
+    add_flags(engine, EngineConfig, skip={"model"} | skip_engine, choices=_CHOICES, bounds=_BOUNDS)
     media = parser.add_argument_group("media")
-    add_flags(media, MediaConfig, skip={"video"} | (skip_media or set()), bounds=_BOUNDS)
+    add_flags(media, MediaConfig, skip={"video"} | skip_media, bounds=_BOUNDS)
     media.add_argument(
         "--media-io-kwargs",
         type=_media_io_kwargs,
@@ -175,14 +176,16 @@ def _add_llm_flags(
     )
 
 
-def _llm_config(arguments: argparse.Namespace, *, allow_local_files: bool) -> LLMConfig:
+def _llm_config(
+    arguments: argparse.Namespace, *, allow_local_files: bool, skip_engine: frozenset[str] = frozenset()
+) -> LLMConfig:
     path = getattr(arguments, "allowed_local_media_path", None)
     if path is not None and not os.path.isdir(path):
         raise UsageError(f"argument --allowed-local-media-path: there is no directory {path}")
     sampling = (arguments.media_io_kwargs or MediaOptions()).sampling
     pixels = arguments.mm_processor_kwargs or MediaOptions()
     return LLMConfig(
-        read_flags(arguments, EngineConfig, model=arguments.model),
+        EngineConfig(arguments.model, **given_flags(arguments, EngineConfig, skip={"model"} | skip_engine)),
         read_flags(arguments, MediaConfig, allow_local_files=allow_local_files, video=sampling),
         read_flags(arguments, ProcessorConfig, image=pixels.image_pixels, video=pixels.video_pixels),
     )
