@@ -61,6 +61,11 @@ class AsyncLLM:
         """False once the engine process has ended."""
         return self._engine.is_alive
 
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine, for monitoring."""
+        return self._engine.pid
+
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The checkpoint's own sampling (``generation_config.json``), with what is given here instead."""
         theirs = self._prompts.generation_config

@@ -1,0 +1,91 @@
+"""Scheduled requests to the tensors of one forward pass; knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from filmstrip.engine.encoder_cache import EncoderCache
+from filmstrip.engine.request import Request
+from filmstrip.models.batch import Batch, EmbeddingPlacement
+
+
+def build_batch(
+    scheduled: Mapping[Request, int], block_size: int, encoder_cache: EncoderCache, device: torch.device
+) -> tuple[Batch, list[Request]]:
+    """Pack the scheduled tokens, and name the requests whose logits the batch asks for, in row order.
+
+    A request is sampled when its chunk ends with its last token. Embeddings of all media segments in the chunks must be in
+    ``encoder_cache``.
+    """
+    token_ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
+    placements: list[EmbeddingPlacement] = []
+    sampled: list[Request] = []
+    logits_rows: list[int] = []
+    row = 0
+    for request, num_tokens in scheduled.items():
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
+        indices = np.arange(start, end)
+        token_ids.append(np.asarray(request.token_ids[start:end], np.int64))
+        positions.append(_positions(request, indices))
+        blocks = np.asarray(request.block_table, np.int64)
+        slots.append(blocks[indices // block_size] * block_size + indices % block_size)
+        placements += _placements(request, start, end, row, encoder_cache)
+        row += num_tokens
+        if end == len(request.token_ids):
+            sampled.append(request)
+            logits_rows.append(row - 1)
+    query_lens = list(scheduled.values())
+    context_lens = [request.num_computed_tokens + count for request, count in scheduled.items()]
+    width = max(len(request.block_table) for request in scheduled)
+    tables = np.zeros((len(scheduled), width), np.int32)
+    for table, request in zip(tables, scheduled, strict=True):
+        table[: len(request.block_table)] = request.block_table
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    batch = Batch(
+        token_ids=tensor(np.concatenate(token_ids)),
+        positions=tensor(np.concatenate(positions, axis=1)),
+        slot_mapping=tensor(np.concatenate(slots)),
+        cu_seqlens_q=tensor(np.cumsum([0, *query_lens], dtype=np.int32)),
+        context_lens=tensor(np.asarray(context_lens, np.int32)),
+        block_tables=tensor(tables),
+        logits_indices=tensor(np.asarray(logits_rows, np.int64)),
+        query_lens=query_lens,
+        context_lens_list=context_lens,
+        placements=placements,
+    )
+    return batch, sampled
+
+
+def _positions(request: Request, indices: np.ndarray) -> np.ndarray:
+    """int64 (3, n): from the prompt's table, beyond it the index plus the prompt's delta."""
+    positions = np.tile(indices + request.prompt.position_delta, (3, 1))
+    table = request.prompt.positions
+    num_from_table = int(np.searchsorted(indices, request.num_prompt_tokens))
+    if table is not None and num_from_table:
+        positions[:, :num_from_table] = table[:, indices[:num_from_table]]
+    return positions
+
+
+def _placements(
+    request: Request, start: int, end: int, row: int, encoder_cache: EncoderCache
+) -> list[EmbeddingPlacement]:
+    """Where the chunk ``start:end``, which begins at ``row`` of the batch, shows media."""
+    placements = []
+    for segment in request.segments_between(start, end):
+        first, last = max(segment.range.offset, start), min(segment.range.end, end)
+        embeddings = encoder_cache.get(segment.key)
+        if len(embeddings) != segment.range.length:
+            raise ValueError(
+                f"the encoder gave {len(embeddings)} rows for a media segment of {segment.range.length} tokens"
+            )
+        offset = segment.range.offset
+        placements.append(EmbeddingPlacement(row + first - start, embeddings[first - offset : last - offset]))
+    return placements

@@ -1,0 +1,177 @@
+"""Requests in, tokens out, one :meth:`Engine.step` at a time: schedule, run, sample, update. Synchronous; no threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from filmstrip.engine.encoder_cache import EncoderCache
+from filmstrip.engine.kv_cache import KVCache
+from filmstrip.engine.model_runner import ModelRunner
+from filmstrip.engine.request import Request
+from filmstrip.engine.sampler import SamplingState, sample
+from filmstrip.engine.scheduler import Scheduler
+from filmstrip.errors import ContextLengthError, InvalidRequestError
+from filmstrip.models.base import Model
+from filmstrip.types import FinishReason, ProcessedPrompt, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineLimits:
+    """Sizes the engine runs with, all decided."""
+
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    encoder_cache_bytes: int
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What one step added to a request. ``error`` is set, and nothing else comes, if the request failed."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(self, model: Model, limits: EngineLimits) -> None:
+        """Allocate the KV cache."""
+        self.model, self.limits = model, limits
+        model.allocate_kv_cache(limits.num_blocks)
+        self.cache = KVCache(
+            limits.num_blocks, model.info.block_size, enable_prefix_caching=limits.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.cache, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
+        )
+        self.runner = ModelRunner(model, EncoderCache(limits.encoder_cache_bytes))
+        self._requests: dict[str, Request] = {}
+        self._sampling: dict[str, SamplingState] = {}
+        self._num_arrived = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._requests)
+
+    def add_request(
+        self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stop_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        """Queue a request; raises InvalidRequestError or ContextLengthError if it can never be answered."""
+        num_tokens = len(prompt.token_ids)
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
+        if num_tokens == 0:
+            raise InvalidRequestError("the prompt is empty", param="messages")
+        if num_tokens >= self.limits.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens, but prompt and answer together may have "
+                f"{self.limits.max_model_len} (--max-model-len)",
+                param="messages",
+            )
+        capacity = self.limits.num_blocks * self.model.info.block_size
+        wanted = min(num_tokens + (params.max_tokens or self.limits.max_model_len), self.limits.max_model_len)
+        if wanted > capacity:
+            raise ContextLengthError(
+                f"prompt and answer may need {wanted} tokens, but the KV cache holds {capacity}: raise --kv-cache-gb or "
+                f"lower max_tokens",
+                param="max_tokens",
+            )
+        self._num_arrived += 1
+        request = Request(request_id, prompt, params, frozenset(stop_token_ids), self._num_arrived)
+        seed = self.limits.seed + self._num_arrived
+        self._sampling[request_id] = SamplingState(params, prompt.token_ids, self.model.info.vocab_size, seed)
+        self._requests[request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; unknown ids are ignored (it may just have ended)."""
+        if request_id in self._requests:
+            self._remove(self._requests[request_id])
+
+    def step(self) -> list[StepOutput]:
+        """Run one batch; the outputs of requests that got a token or failed."""
+        scheduled = self.scheduler.schedule()
+        try:
+            failed = self._encode(scheduled)
+            if not scheduled:
+                return failed
+            try:
+                logits, sampled = self.runner.forward(scheduled)
+            except Exception as error:
+                logger.exception("a forward pass failed")
+                return failed + [self._fail(request, f"the model failed: {error}") for request in scheduled]
+        finally:
+            self.runner.encoder_cache.release()
+        for request, num_tokens in scheduled.items():
+            before = request.num_computed_tokens
+            request.num_computed_tokens += num_tokens
+            self.cache.publish(request, before)
+        tokens = sample(logits, [self._sampling[request.request_id] for request in sampled])
+        return failed + [self._extend(request, token) for request, token in zip(sampled, tokens, strict=True)]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, for tests and monitoring."""
+        encoder = self.runner.encoder_cache
+        return {
+            "num_blocks": self.cache.pool.num_blocks,
+            "num_allocated_blocks": self.cache.pool.num_allocated,
+            "block_size": self.cache.block_size,
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "num_preemptions": self.scheduler.num_preemptions,
+            "prefix_cache_queried_tokens": self.cache.num_queried_tokens,
+            "prefix_cache_hit_tokens": self.cache.num_hit_tokens,
+            "encoder_cache_bytes": encoder.num_bytes,
+            "encoder_cache_hits": encoder.num_hits,
+            "encoder_cache_misses": encoder.num_misses,
+            "encoded_segments": self.runner.num_encoded_segments,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every block is accounted for (for tests)."""
+        self.cache.pool.check_integrity([request.block_table for request in self._requests.values()])
+
+    def _encode(self, scheduled: dict[Request, int]) -> list[StepOutput]:
+        """Encode what the step shows; a request whose media cannot be encoded fails alone and leaves ``scheduled``."""
+        failed = []
+        for request, num_tokens in list(scheduled.items()):
+            try:
+                self.runner.encode(request, num_tokens)
+            except Exception as error:
+                logger.exception("encoding media failed")
+                del scheduled[request]
+                failed.append(self._fail(request, f"the media could not be encoded: {error}"))
+        return failed
+
+    def _extend(self, request: Request, token: int | None) -> StepOutput:
+        if token is None:
+            return self._fail(request, "the model gave logits that are not numbers")
+        request.token_ids.append(token)
+        self._sampling[request.request_id].observe(token)
+        finish_reason, stop_reason = request.finish_reason(self.limits.max_model_len)
+        if finish_reason is not None:
+            self._remove(request)
+        return StepOutput(request.request_id, [token], finish_reason, stop_reason, request.num_cached_tokens)
+
+    def _fail(self, request: Request, message: str) -> StepOutput:
+        self._remove(request)
+        return StepOutput(request.request_id, [], "abort", error=message)
+
+    def _remove(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        del self._requests[request.request_id]
+        del self._sampling[request.request_id]

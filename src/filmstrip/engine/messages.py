@@ -1,0 +1,209 @@
+"""What goes between the client and the engine process, and how: typed MessagePack frames, pixels as file descriptors.
+
+A frame is its length, the number of descriptors, the descriptors (each group attached to one filler byte) and the message.
+Nothing is pickled: a peer can send wrong values but no code.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections import deque
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from filmstrip.config import EngineConfig
+from filmstrip.shared_tensor import SharedTensor
+from filmstrip.types import (
+    MediaFeature,
+    Modality,
+    Normalization,
+    PlaceholderRange,
+    ProcessedPrompt,
+    SamplingParams,
+)
+
+HEADER = struct.Struct("<IH")
+MAX_DESCRIPTORS_PER_BYTE = 128
+"""Descriptors attached to one filler byte; Linux takes up to 253 in one message."""
+MAX_FRAME_BYTES = 1 << 30
+
+
+class Feature(msgspec.Struct):
+    """A media feature without its pixels, whose descriptor travels beside the message."""
+
+    modality: str
+    shape: tuple[int, int]
+    grid_thw: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    media_hash: str
+    segments: list[tuple[int, int]]
+
+
+class Start(msgspec.Struct, tag="start"):
+    """First message: load this."""
+
+    config: EngineConfig
+
+
+class AddRequest(msgspec.Struct, tag="add"):
+    """Answer this prompt; ``positions`` is int32 (3, num_tokens) in C order, or empty."""
+
+    request_id: str
+    token_ids: list[int]
+    positions: bytes
+    position_delta: int
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    features: list[Feature]
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """Forget a request."""
+
+    request_id: str
+
+
+class GetStats(msgspec.Struct, tag="get_stats"):
+    """Ask for counters; the answer carries the same number."""
+
+    number: int
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The model is loaded."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    device: str
+    dtype: str
+
+
+class LoadFailed(msgspec.Struct, tag="load_failed"):
+    """The model could not be loaded."""
+
+    message: str
+    param: str | None
+
+
+class TokenOutput(msgspec.Struct, array_like=True):
+    """What one step added to a request; ``error`` is (code, message, param) if it failed."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | None
+    num_cached_tokens: int
+    error: tuple[str, str, str | None] | None = None
+
+
+class Outputs(msgspec.Struct, tag="outputs"):
+    """All outputs of one step."""
+
+    outputs: list[TokenOutput]
+
+
+class Stats(msgspec.Struct, tag="stats"):
+    """Counters of the engine."""
+
+    number: int
+    values: dict[str, Any]
+
+
+ToEngine = Start | AddRequest | Abort | GetStats
+ToClient = Ready | LoadFailed | Outputs | Stats
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_client = msgspec.msgpack.Decoder(ToClient).decode
+
+
+def add_request(
+    request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stop_token_ids: tuple[int, ...]
+) -> tuple[AddRequest, list[int]]:
+    """The message for a prompt, and the descriptors of its pixels in the order of its features."""
+    features = [
+        Feature(
+            feature.modality.value,
+            (feature.patches.shape[0], feature.patches.shape[1]),
+            feature.grid_thw,
+            feature.normalization.mean,
+            feature.normalization.std,
+            feature.media_hash,
+            [(segment.offset, segment.length) for segment in feature.segments],
+        )
+        for feature in prompt.features
+    ]
+    positions = b"" if prompt.positions is None else np.ascontiguousarray(prompt.positions, np.int32).tobytes()
+    message = AddRequest(
+        request_id, prompt.token_ids, positions, prompt.position_delta, params, stop_token_ids, features
+    )
+    return message, [feature.patches.fd for feature in prompt.features]
+
+
+def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPrompt:
+    """The prompt of a message; takes over the descriptors."""
+    features = tuple(
+        MediaFeature(
+            Modality(feature.modality),
+            SharedTensor(descriptor, feature.shape, "uint8"),
+            feature.grid_thw,
+            Normalization(feature.mean, feature.std),
+            feature.media_hash,
+            tuple(PlaceholderRange(offset, length) for offset, length in feature.segments),
+        )
+        for feature, descriptor in zip(message.features, descriptors, strict=True)
+    )
+    positions = np.frombuffer(message.positions, np.int32).reshape(3, -1) if message.positions else None
+    return ProcessedPrompt(message.token_ids, features, positions, message.position_delta)
+
+
+def frame_parts(message: ToEngine | ToClient, descriptors: list[int]) -> list[tuple[bytes, list[int]]]:
+    """A frame as pieces to send in order, each with the descriptors attached to it."""
+    payload = encode(message)
+    groups = [
+        descriptors[start : start + MAX_DESCRIPTORS_PER_BYTE]
+        for start in range(0, len(descriptors), MAX_DESCRIPTORS_PER_BYTE)
+    ]
+    return [
+        (HEADER.pack(len(payload), len(descriptors)), []),
+        *((b"\0", group) for group in groups),
+        (payload, []),
+    ]
+
+
+class FrameReader:
+    """Reads frames from a blocking Unix stream socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._descriptors: deque[int] = deque()
+
+    def read(self) -> tuple[bytes, list[int]] | None:
+        """The next message's bytes and descriptors, None at the end of the stream."""
+        header = self._read_exactly(HEADER.size)
+        if header is None:
+            return None
+        num_bytes, num_descriptors = HEADER.unpack(header)
+        num_groups = -(-num_descriptors // MAX_DESCRIPTORS_PER_BYTE)
+        payload = self._read_exactly(num_groups + num_bytes)
+        if payload is None:
+            return None
+        return payload[num_groups:], [self._descriptors.popleft() for _ in range(num_descriptors)]
+
+    def _read_exactly(self, num_bytes: int) -> bytes | None:
+        buffer = bytearray()
+        while len(buffer) < num_bytes:
+            data, descriptors, _, _ = socket.recv_fds(
+                self._connection, min(num_bytes - len(buffer), 1 << 20), MAX_DESCRIPTORS_PER_BYTE
+            )
+            self._descriptors.extend(descriptors)
+            if not data:
+                return None
+            buffer += data
+        return bytes(buffer)

@@ -1,0 +1,75 @@
+"""Scheduled requests to logits: encodes the media that the step shows, builds the batch, runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from filmstrip.engine.batch_builder import build_batch
+from filmstrip.engine.encoder_cache import EncoderCache
+from filmstrip.engine.request import Request, Segment
+from filmstrip.models.base import EncoderInput, Model
+
+MAX_PATCHES_PER_ENCODE = 32768
+"""Patch rows in one call of the encoder; a long video is encoded in several."""
+
+
+class ModelRunner:
+    """One model and its encoder cache."""
+
+    def __init__(self, model: Model, encoder_cache: EncoderCache) -> None:
+        self.model, self.encoder_cache = model, encoder_cache
+        self.num_encoded_segments = 0
+
+    def encode(self, request: Request, num_tokens: int) -> None:
+        """Make sure that the segments in the request's next ``num_tokens`` tokens are encoded, and pin them."""
+        start = request.num_computed_tokens
+        segments = {segment.key: segment for segment in request.segments_between(start, start + num_tokens)}
+        missing = [segments[key] for key in self.encoder_cache.pin(segments)]
+        for run in _runs(missing):
+            encoded = self.model.encode([_encoder_input(run)])[0]
+            self.num_encoded_segments += len(run)
+            for segment, embeddings in zip(run, encoded, strict=True):
+                self.encoder_cache.put(segment.key, embeddings)
+
+    def forward(self, scheduled: Mapping[Request, int]) -> tuple[torch.Tensor, list[Request]]:
+        """Logits (R, vocab_size) and the R requests they belong to."""
+        batch, sampled = build_batch(scheduled, self.model.info.block_size, self.encoder_cache, self.model.info.device)
+        return self.model.forward(batch), sampled
+
+
+def _runs(segments: list[Segment]) -> list[list[Segment]]:
+    """Neighbouring segments of one item together, up to the bound on patch rows."""
+    runs: list[list[Segment]] = []
+    for segment in segments:
+        last = runs[-1] if runs else None
+        rows = _rows_per_segment(segment)
+        if (
+            last is not None
+            and last[-1].feature is segment.feature
+            and last[-1].index + 1 == segment.index
+            and (len(last) + 1) * rows <= MAX_PATCHES_PER_ENCODE
+        ):
+            last.append(segment)
+        else:
+            runs.append([segment])
+    return runs
+
+
+def _encoder_input(run: list[Segment]) -> EncoderInput:
+    feature = run[0].feature
+    rows = _rows_per_segment(run[0])
+    frames, height, width = feature.grid_thw
+    first, last = run[0].index, run[-1].index + 1
+    return EncoderInput(
+        modality=feature.modality,
+        patches=feature.patches.torch()[first * rows : last * rows],
+        grid_thw=(frames // len(feature.segments) * len(run), height, width),
+        normalization=feature.normalization,
+        num_segments=len(run),
+    )
+
+
+def _rows_per_segment(segment: Segment) -> int:
+    return segment.feature.patches.shape[0] // len(segment.feature.segments)

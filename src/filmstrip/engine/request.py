@@ -1,0 +1,97 @@
+"""One request as the engine keeps it: tokens, how far they are computed, the blocks they lie in; knows no other request."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from filmstrip.types import FinishReason, MediaFeature, PlaceholderRange, ProcessedPrompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One independently encodable piece of a media item and its place in the prompt."""
+
+    feature: MediaFeature
+    index: int
+    range: PlaceholderRange
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What the piece is: content hash of the item, and which piece of it."""
+        return (f"{self.feature.modality}:{self.feature.media_hash}", self.index)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request from arrival to its last token.
+
+    ``token_ids`` grows from the prompt by every generated token. ``num_computed_tokens`` of them have K and V in
+    ``block_table``; preemption sets it to 0 and keeps the tokens.
+    """
+
+    request_id: str
+    prompt: ProcessedPrompt
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    arrival: int
+    token_ids: list[int] = field(init=False)
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held when the request was first scheduled."""
+    was_scheduled: bool = False
+    segments: list[Segment] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt.token_ids)
+        segments = [
+            Segment(feature, index, placed)
+            for feature in self.prompt.features
+            for index, placed in enumerate(feature.segments)
+        ]
+        self.segments = sorted(segments, key=lambda segment: segment.range.offset)
+        self._ends = [segment.range.end for segment in self.segments]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose K and V are not in the cache yet; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def segments_between(self, start: int, end: int) -> list[Segment]:
+        """Media segments that overlap tokens ``start`` to ``end``, in order."""
+        first = bisect.bisect_right(self._ends, start)
+        found = []
+        for segment in self.segments[first:]:
+            if segment.range.offset >= end:
+                break
+            found.append(segment)
+        return found
+
+    def finish_reason(self, max_model_len: int) -> tuple[FinishReason | None, int | None]:
+        """Why the request ends with its newest token, and the stop token if one was asked for by id."""
+        token = self.token_ids[-1]
+        if token in self.stop_token_ids:
+            return "stop", None
+        if token in self.params.stop_token_ids:
+            return "stop", token
+        limit = self.params.max_tokens
+        if (limit is not None and self.num_output_tokens >= limit) or len(self.token_ids) >= max_model_len:
+            return "length", None
+        return None, None

@@ -1,0 +1,101 @@
+"""Who computes how many tokens in the next step; knows blocks and budgets, no tensors.
+
+Each step is ``{request: num_tokens}``: prefill, a chunk of it and decode are one idea. Answers that have begun come first,
+so that a long prompt never holds them up; then prompts under way, then waiting ones in order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from filmstrip.engine.kv_cache import KVCache
+from filmstrip.engine.request import Request
+
+
+class Scheduler:
+    """First come, first served, with preemption by recompute: when blocks run out, the youngest running request gives its
+    blocks back, keeps its tokens and waits at the front."""
+
+    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._cache = cache
+        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it is, and free its blocks."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._cache.free(request)
+
+    def schedule(self) -> dict[Request, int]:
+        """Tokens to compute per request; their blocks are allocated. Empty only if there is nothing to do."""
+        scheduled: dict[Request, int] = {}
+        budget = self._max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        # One token each for answers that have begun comes before any prompt takes the rest of the budget.
+        for request in sorted(self.running, key=lambda request: request.num_uncomputed_tokens > 1):
+            if budget > 0 and request in self.running:  # an earlier one may have preempted it
+                budget -= self._schedule_running(request, budget, scheduled)
+        # Blocks are short in a step that preempted: whoever was sent to wait must not take them right back.
+        admitting = self.num_preemptions == num_preemptions
+        while admitting and self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            num_tokens = self._admit(self.waiting[0], budget)
+            if num_tokens == 0:
+                break
+            request = self.waiting.popleft()
+            self.running.append(request)
+            scheduled[request] = num_tokens
+            budget -= num_tokens
+        return scheduled
+
+    def _schedule_running(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
+        """Schedule a running request, preempting younger ones if need be; the tokens it got."""
+        num_tokens = self._chunk(request, request.num_computed_tokens, budget)
+        while self._cache.num_new_blocks(request, num_tokens) > self._cache.pool.num_free:
+            victim = max(self.running, key=lambda candidate: candidate.arrival)
+            self._preempt(victim)
+            scheduled.pop(victim, None)
+            if victim is request:
+                return 0
+        self._cache.grow(request, num_tokens)
+        scheduled[request] = num_tokens
+        return num_tokens
+
+    def _preempt(self, request: Request) -> None:
+        self.num_preemptions += 1
+        self.running.remove(request)
+        self._cache.free(request)
+        self.waiting.appendleft(request)
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Start a waiting request if its first chunk finds room; the tokens it got, 0 if it must go on waiting."""
+        prefix = self._cache.find_prefix(request)
+        num_prefix_tokens = len(prefix) * self._cache.block_size
+        num_tokens = self._chunk(request, num_prefix_tokens, budget)
+        end = num_prefix_tokens + num_tokens
+        num_new = -(-end // self._cache.block_size) - len(prefix)
+        num_revived = sum(self._cache.pool.is_free(block) for block in prefix)
+        if num_new + num_revived > self._cache.pool.num_free:
+            return 0
+        self._cache.take_prefix(request, prefix)
+        if not request.was_scheduled:
+            request.was_scheduled, request.num_cached_tokens = True, num_prefix_tokens
+        self._cache.grow(request, num_tokens)
+        return num_tokens
+
+    def _chunk(self, request: Request, start: int, budget: int) -> int:
+        """Tokens from ``start`` on that fit the budget; a cut inside a media segment moves back to the segment's start."""
+        end = min(len(request.token_ids), start + budget)
+        if end < len(request.token_ids):
+            inside = [s for s in request.segments_between(end - 1, end) if s.range.offset < end < s.range.end]
+            if inside and inside[0].range.offset > start:
+                end = inside[0].range.offset
+        return end - start
