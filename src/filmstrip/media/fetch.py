@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import socket
 import ssl
 import threading
@@ -48,7 +49,7 @@ T = TypeVar("T")
 MAX_MEMORY_BYTES = 32 * 1024**2
 """Downloads and data URLs up to this size stay in memory, larger ones go to a nameless temporary file."""
 
-_FRAME_TYPES = ("video/jpeg", "video/jpg", "video/png", "video/webp")
+_FRAMES_URL = re.compile(r"data:\s*video/(jpeg|jpg|png|webp)\s*[;,]", re.IGNORECASE)
 _DATA_FAMILIES = ("", "image", "video", "audio", "application")
 _DATA_TEXT_TYPES = ("text/plain", "text/csv")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -323,12 +324,7 @@ class Fetcher:
 
 def is_frames_url(url: str) -> bool:
     """Whether ``url`` is a data URL of frames sampled by the client: ``data:video/jpeg;base64,a,b,c`` (or png, webp)."""
-    return url[:5].lower() == "data:" and data_url_type(url) in _FRAME_TYPES
-
-
-def data_url_type(url: str) -> str:
-    """The media type of a data URL, "" if it has none; raises MediaFetchError if ``url`` is malformed."""
-    return parse_data_url(url).media_type
+    return _FRAMES_URL.match(url) is not None
 
 
 @contextlib.contextmanager
