@@ -69,10 +69,9 @@ async def serving(handler: Handler, **options) -> AsyncIterator[Site]:
     async def connected(reader, writer):
         task = asyncio.current_task()
         connections.add(task)
-        try:
+        with contextlib.suppress(asyncio.CancelledError):  # asyncio reports it as an error of the callback
             await site._serve(reader, writer)
-        finally:
-            connections.discard(task)
+        connections.discard(task)
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, **options)
     site.port = server.sockets[0].getsockname()[1]

@@ -255,8 +255,9 @@ class Fetcher:
     async def _follow(self, target: HttpTarget) -> MediaSource:
         """Download from ``target`` or from where it redirects to."""
         # A pool for each fetch: a handshake is short beside a video, and nothing of one request is left for the next.
+        ssl_context = await self._in_thread(lambda _: self._ssl_context)  # reads the system's certificates from disk
         async with httpcore2.AsyncConnectionPool(
-            ssl_context=self._ssl_context, network_backend=self._guard, max_connections=1
+            ssl_context=ssl_context, network_backend=self._guard, max_connections=1
         ) as pool:
             for _ in range(self._config.max_redirects + 1):
                 with _network_errors(self._config.connect_timeout_seconds):
