@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig
@@ -86,7 +86,7 @@ class AsyncLLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation, step by step.
 
         The first output comes when the prompt is ready (empty text; ``media`` and the prompt's tokens known), then one for

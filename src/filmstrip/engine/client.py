@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from filmstrip.config import EngineConfig
@@ -72,7 +72,7 @@ class EngineClient:
 
     async def generate(
         self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stop_token_ids: tuple[int, ...] = ()
-    ) -> AsyncIterator[StepOutput]:
+    ) -> AsyncGenerator[StepOutput, None]:
         """Outputs of one request as they come; closing or cancelling the iterator aborts it in the engine.
 
         Raises EngineDeadError if the process ends, and what the engine refuses the request with.

@@ -1,0 +1,430 @@
+"""Videos through PyAV (FFmpeg): index scan, then only the groups of pictures that hold a wanted frame; knows no model.
+
+How it finds frames quickly and exactly:
+
+1. Packets are read once without decoding; their times and key flags give every frame's place in display order.
+2. A wanted frame is decoded from the last key frame that is neither shown nor coded after it. Frames of one such group of
+   pictures (GOP) are one job; jobs run in parallel, each in one thread with one codec thread; other GOPs are never read.
+3. Between wanted frames the decoder skips everything that nothing refers to, which changes no pixel of the others.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import math
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+import av.error
+import av.logging
+import numpy as np
+
+from filmstrip.errors import MediaDecodeError, MediaTooLargeError
+from filmstrip.media.decoders.base import Consume
+from filmstrip.media.source import MediaSource
+from filmstrip.types import VideoMetadata
+
+# Containers that hold all they show. Playlists, concatenation scripts and image sequences name other files, so their
+# demuxers are not on the list, and whatever a listed one tries to open is refused.
+_FORMATS = "mov,matroska,mpegts,mpeg,mpegvideo,avi,flv,asf,ogg,ivf,mxf,nut,gif,m4v,h264,hevc,av1,obu,rm,wtv,dv,mjpeg"
+_SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
+_MAX_FIRST_PACKETS = 400
+"""Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
+_FALLBACK_FPS = 25.0
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown."""
+
+    times: np.ndarray
+    is_key: np.ndarray
+    display: np.ndarray
+    last_duration: int
+    has_all_pts: bool
+
+
+@dataclass
+class _Job:
+    """Frames to decode from one key frame on: coded index of the key, and display indices with their positions."""
+
+    key: int
+    targets: dict[int, list[int]] = field(default_factory=dict)
+
+
+class PyAVReader:
+    """Implements :class:`filmstrip.media.decoders.base.VideoReader`."""
+
+    def __init__(self, source: MediaSource, *, max_pixels: int | None = None) -> None:
+        """Scan the index and decode one frame, whose size and rotation no header is trusted for.
+
+        Raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``.
+        """
+        self._source, self._max_pixels = source, max_pixels
+        with self._open() as (container, stream):
+            self._index = _scan(container, stream)
+            if not len(self._index.display):
+                raise MediaDecodeError("the video has no frames")
+            self._time_base = float(stream.time_base)
+            self._coded_size, rotation = self._first_frame(container, stream)
+            width, height = self._coded_size if rotation % 180 == 0 else self._coded_size[::-1]
+            times, fps, duration = _timing(self._index, stream)
+            self.metadata = VideoMetadata(
+                total_num_frames=len(self._index.display),
+                fps=fps,
+                duration=duration,
+                height=height,
+                width=width,
+                timestamps=times,
+                video_backend="pyav",
+                codec=stream.codec_context.name,
+                rotation_degrees=rotation,
+            )
+
+    def read(
+        self,
+        frame_indices: Sequence[int],
+        consume: Consume,
+        num_threads: int,
+        cancel: threading.Event | None = None,
+    ) -> tuple[int, ...]:
+        """See :meth:`filmstrip.media.decoders.base.VideoReader.read`."""
+        total = self.metadata.total_num_frames
+        if any(not 0 <= index < total for index in frame_indices):
+            raise IndexError(f"frame indices must be from 0 to {total - 1}")
+        positions: dict[int, list[int]] = {}
+        for position, index in enumerate(frame_indices):
+            positions.setdefault(index, []).append(position)
+        delivery = _Delivery(self, consume, cancel, num_positions=len(frame_indices))
+        self._run_jobs(self._jobs(positions), num_threads, delivery)
+        self._stand_in(positions, delivery)
+        return tuple(delivery.delivered)
+
+    def close(self) -> None:
+        """Nothing stays open between calls."""
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        """A container over the source and its best video stream."""
+        try:
+            with av.open(
+                self._source.open(),
+                mode="r",
+                options={"format_whitelist": _FORMATS},
+                io_open=_refuse,
+                metadata_errors="ignore",
+            ) as container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise MediaDecodeError("the file has no video stream")
+                if not hasattr(stream, "codec_context") or stream.codec_context is None:
+                    raise MediaDecodeError("the video's codec is not supported")
+                self._check_size(stream.codec_context.width, stream.codec_context.height)
+                yield container, stream
+        except av.error.FFmpegError as error:
+            raise MediaDecodeError(f"the video cannot be read: {_reason(error)}") from error
+        except EOFError as error:
+            raise MediaDecodeError("the video cannot be read: the file ends too early") from error
+
+    def _check_size(self, width: int, height: int) -> None:
+        if self._max_pixels is not None and width * height > self._max_pixels:
+            raise MediaTooLargeError(
+                f"the video's frames have {width} x {height} = {width * height} pixels; the limit is {self._max_pixels} "
+                "(max_image_pixels, --max-image-pixels)"
+            )
+
+    def _first_frame(self, container: Any, stream: Any) -> tuple[tuple[int, int], int]:
+        """Coded (width, height) and the counterclockwise rotation that displays the first frame that decodes."""
+        container.seek(0, any_frame=False)
+        _single_thread(stream)
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        for packet, _ in zip(packets, range(_MAX_FIRST_PACKETS), strict=False):
+            for frame in _decode(stream, packet):
+                return self._shape(frame)
+        for frame in _decode(stream, None):
+            return self._shape(frame)
+        raise MediaDecodeError("no frame of the video can be decoded")
+
+    def _shape(self, frame: Any) -> tuple[tuple[int, int], int]:
+        self._check_size(frame.width, frame.height)
+        return (frame.width, frame.height), round(frame.rotation / 90) * 90 % 360
+
+    def _jobs(self, positions: dict[int, list[int]]) -> list[_Job]:
+        """One job for each GOP that is needed, the longest first."""
+        index = self._index
+        if not index.has_all_pts:  # frames can only be told apart by counting from the start
+            return [_Job(0, dict(positions))]
+        keys = np.flatnonzero(index.is_key).tolist() or [0]
+        jobs: dict[int, _Job] = {}
+        for target in sorted(positions):
+            coded = int(index.display[target])
+            place = bisect.bisect_right(keys, coded) - 1
+            while place > 0 and index.times[keys[place]] > index.times[coded]:
+                place -= 1
+            key = keys[max(place, 0)]
+            jobs.setdefault(key, _Job(key)).targets[target] = positions[target]
+        return sorted(jobs.values(), key=self._job_length, reverse=True)
+
+    def _job_length(self, job: _Job) -> int:
+        return max(int(self._index.display[target]) for target in job.targets) - job.key
+
+    def _run_jobs(self, jobs: list[_Job], num_threads: int, delivery: _Delivery) -> None:
+        num_workers = max(1, min(num_threads, len(jobs)))
+        # Fewer GOPs than threads: let the codec itself use what is left.
+        codec_threads = -(-num_threads // num_workers) if len(jobs) < num_threads else 1
+        pending: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        for job in jobs:
+            pending.put(job)
+
+        def work() -> None:
+            try:
+                with self._open() as (container, stream):
+                    _use_threads(stream, codec_threads)
+                    while True:
+                        delivery.check()
+                        self._run_job(container, stream, pending.get_nowait(), delivery)
+            except queue.Empty:
+                return
+            except BaseException as error:
+                delivery.fail(error)
+
+        if num_workers == 1:
+            work()
+        else:
+            with ThreadPoolExecutor(num_workers, thread_name_prefix="filmstrip-decode") as threads:
+                for _ in range(num_workers):
+                    threads.submit(work)
+        delivery.check()
+
+    def _run_job(self, container: Any, stream: Any, job: _Job, delivery: _Delivery) -> None:
+        index = self._index
+        wanted = {int(index.display[target]): target for target in job.targets}
+        last = max(wanted)
+        collector = _Collector(self, job, delivery)
+        counting = not index.has_all_pts
+        for coded, packet in self._packets(container, stream, job.key):
+            delivery.check()
+            stream.codec_context.skip_frame = "DEFAULT" if counting or coded in wanted else "NONREF"
+            for frame in _decode(stream, packet):
+                collector.add(frame)
+            if (coded >= last and not counting) or collector.is_complete:
+                break
+        for frame in _decode(stream, None):
+            collector.add(frame)
+        collector.finish()
+
+    def _packets(self, container: Any, stream: Any, key: int) -> Iterator[tuple[int, Any]]:
+        """Packets from the key frame on, numbered in coded order.
+
+        A seek may land late (MPEG-TS): then it is tried again from further back and in the end from the start.
+        """
+        time = int(self._index.times[key])
+        for back in (*_SEEK_BACK_SECONDS, math.inf):
+            from_start = key == 0 or back == math.inf
+            target = int(self._index.times.min()) if from_start else time - round(back / self._time_base)
+            try:
+                container.seek(target, stream=stream, backward=True, any_frame=False)
+            except av.error.FFmpegError:
+                if not from_start:
+                    continue
+                container.seek(0)
+            coded = None
+            for packet in container.demux(stream):
+                if not packet.size:
+                    break
+                packet_time = _time(packet)
+                if coded is None:
+                    if packet.is_keyframe and packet_time is not None and packet_time > time and not from_start:
+                        break
+                    if packet_time != time or not (packet.is_keyframe or key == 0):
+                        continue
+                    coded = key
+                else:
+                    coded += 1
+                yield coded, packet
+            if coded is not None or from_start:
+                return
+
+    def _stand_in(self, positions: dict[int, list[int]], delivery: _Delivery) -> None:
+        """Give positions that got no frame the nearest one that was decoded, before them if there is any."""
+        missing = sorted(index for index, where in positions.items() if delivery.delivered[where[0]] < 0)
+        if not missing:
+            return
+        good = sorted({index for index in delivery.delivered if index >= 0})
+        if not good:
+            raise MediaDecodeError("none of the wanted frames of the video can be decoded")
+        substitutes: dict[int, list[int]] = {}
+        for index in missing:
+            place = bisect.bisect_left(good, index)
+            substitutes.setdefault(good[place - 1] if place else good[0], []).extend(positions[index])
+        self._run_jobs(self._jobs(substitutes), 1, delivery)
+        if any(index < 0 for index in delivery.delivered):
+            raise MediaDecodeError("the video does not decode the same way twice")
+
+    def frame_index(self, pts: int | None) -> int | None:
+        """Display index of a decoded frame by its time; None if the scan saw no such frame."""
+        if pts is None:
+            return None
+        times = self._index.times[self._index.display]
+        place = int(np.searchsorted(times, pts))
+        return place if place < len(times) and times[place] == pts else None
+
+    def to_rgb(self, frame: Any) -> np.ndarray:
+        """uint8 RGB (height, width, 3) as displayed, always of the size in ``metadata``."""
+        width, height = self._coded_size
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        turns = self.metadata.rotation_degrees // 90
+        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+class _Delivery:
+    """Where frames go, shared by all threads of one read."""
+
+    def __init__(
+        self, reader: PyAVReader, consume: Consume, cancel: threading.Event | None, *, num_positions: int
+    ) -> None:
+        self._reader, self._consume, self._cancel = reader, consume, cancel
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self.delivered = [-1] * num_positions
+
+    def fail(self, error: BaseException) -> None:
+        """Remember the first error, which ends all threads."""
+        with self._lock:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise what any thread failed with, or InterruptedError if the read was cancelled."""
+        if self._error is not None:
+            raise self._error
+        if self._cancel is not None and self._cancel.is_set():
+            raise InterruptedError("reading the video was cancelled")
+
+    def give(self, positions: list[int], index: int, frame: Any) -> None:
+        """Hand one decoded frame over to every position that wants it."""
+        rgb = self._reader.to_rgb(frame)
+        for position in positions:
+            self._consume(position, rgb)
+            self.delivered[position] = index
+
+
+class _Collector:
+    """Frames of one job as the decoder puts them out: picks the wanted, replaces the missing."""
+
+    def __init__(self, reader: PyAVReader, job: _Job, delivery: _Delivery) -> None:
+        self._reader, self._delivery = reader, delivery
+        self._wanted = sorted(job.targets.items())
+        self._next = 0
+        self._last: tuple[int, Any] | None = None
+        self._counter: Iterator[int] | None = None if reader._index.has_all_pts else iter(range(2**62))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every wanted frame has been given."""
+        return self._next == len(self._wanted)
+
+    def add(self, frame: Any) -> None:
+        """Take the next frame in display order."""
+        index = next(self._counter) if self._counter is not None else self._reader.frame_index(frame.pts)
+        if index is None:
+            return
+        while not self.is_complete and self._wanted[self._next][0] < index:
+            self._give(self._last)
+        if not self.is_complete and self._wanted[self._next][0] == index:
+            self._give((index, frame))
+        self._last = (index, frame)
+
+    def finish(self) -> None:
+        """The job's packets are used up: the last frame stands in for what is still missing."""
+        while not self.is_complete:
+            self._give(self._last)
+
+    def _give(self, decoded: tuple[int, Any] | None) -> None:
+        """Give ``decoded`` for the next wanted frame; without one the positions stay open for another job's frame."""
+        _, positions = self._wanted[self._next]
+        self._next += 1
+        if decoded is not None:
+            self._delivery.give(positions, *decoded)
+
+
+def _scan(container: Any, stream: Any) -> _Index:
+    """Read all packets of the stream without decoding."""
+    times: list[int] = []
+    is_key: list[bool] = []
+    shown: list[bool] = []
+    has_all_pts, last_duration = True, 0
+    for packet in _tolerant(container.demux(stream)):
+        if not packet.size:
+            continue
+        time = _time(packet)
+        if packet.pts is None:
+            has_all_pts = False
+        times.append(times[-1] + 1 if time is None and times else time or 0)
+        is_key.append(packet.is_keyframe)
+        shown.append(not packet.is_discard)
+        last_duration = packet.duration or last_duration
+    all_times = np.asarray(times, np.int64)
+    coded = np.flatnonzero(np.asarray(shown, bool))
+    order = np.argsort(all_times[coded], kind="stable") if has_all_pts else np.arange(len(coded))
+    return _Index(all_times, np.asarray(is_key, bool), coded[order], last_duration, has_all_pts)
+
+
+def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
+    """Timestamps in seconds, frames per second, duration in seconds.
+
+    Where the times are those of a constant rate, up to the container's rounding, they are exactly ``index / fps``: what
+    processors compute that know nothing but the rate.
+    """
+    tick = float(stream.time_base)
+    times = np.sort(index.times[index.display])
+    seconds = (times - times[0]) * tick
+    numbers = np.arange(len(seconds))
+    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
+        if rate and np.abs(seconds - numbers / float(rate)).max() <= tick * 1.001:
+            return numbers / float(rate), float(rate), len(seconds) / float(rate)
+    typical = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / _FALLBACK_FPS
+    duration = float(seconds[-1]) + (index.last_duration * tick or typical)
+    return seconds, len(seconds) / duration, duration
+
+
+def _time(packet: Any) -> int | None:
+    return packet.pts if packet.pts is not None else packet.dts
+
+
+def _tolerant(packets: Iterator[Any]) -> Iterator[Any]:
+    """Packets until the file ends or breaks."""
+    with contextlib.suppress(av.error.FFmpegError):
+        yield from packets
+
+
+def _decode(stream: Any, packet: Any) -> list[Any]:
+    """Frames that come out for a packet (None: the end); a broken packet gives none."""
+    try:
+        return stream.codec_context.decode(packet)
+    except (av.error.FFmpegError, EOFError):
+        return []
+
+
+def _single_thread(stream: Any) -> None:
+    _use_threads(stream, 1)
+
+
+def _use_threads(stream: Any, num_threads: int) -> None:
+    stream.codec_context.thread_type = "FRAME" if num_threads > 1 else "NONE"
+    stream.codec_context.thread_count = num_threads
+
+
+def _refuse(_url: str, _flags: int, _options: dict[str, Any]) -> Any:
+    """A container may name other files or addresses; none is ever opened."""
+    raise PermissionError("the video refers to another file, which is not opened")
+
+
+def _reason(error: av.error.FFmpegError) -> str:
+    """FFmpeg's word for the error, without the name of our file object."""
+    return error.strerror or type(error).__name__

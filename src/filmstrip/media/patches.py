@@ -1,0 +1,82 @@
+"""RGB frames to uint8 patch rows in a model's layout: resize, cut, write in place; knows no files and no model.
+
+Pixels stay uint8: normalising is one table look-up away and belongs to the model, and a quarter of the bytes goes through
+shared memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from filmstrip.shared_tensor import SharedTensor
+from filmstrip.types import FramePlan
+
+
+def resize_frame(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Bicubic, antialiased resize of a uint8 (H, W, 3) frame; uint8 (height, width, 3).
+
+    PyTorch's fixed-point kernel on channels-last uint8 is the one that torchvision's ``resize`` runs on CPU, so the result
+    is bit-equal to the reference processors'. The kernel is single-threaded per image and releases the GIL.
+    """
+    frame = torch.from_numpy(np.ascontiguousarray(rgb))
+    if rgb.shape[:2] == (height, width):
+        return frame
+    channels_first = frame.permute(2, 0, 1).unsqueeze(0)
+    resized = F.interpolate(channels_first, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.squeeze(0).permute(1, 2, 0)
+
+
+class PatchWriter:
+    """Writes the frames of a :class:`FramePlan` into its patch matrix, each once, from any thread.
+
+    The layout is the reference's (``Qwen3VLVideoProcessor.patchify``): rows run over temporal group, merge block row and
+    column, row and column inside the block; columns over channel, frame in the group, patch row, patch column.
+    """
+
+    def __init__(self, plan: FramePlan, output: torch.Tensor) -> None:
+        """``output`` is uint8 of ``plan.patches_shape``."""
+        self._plan = plan
+        layout = plan.layout
+        frames, rows, columns = plan.grid_thw
+        size, merge, group = layout.patch_size, layout.merge_size, layout.temporal_patch_size
+        self._view = output.view(frames, rows // merge, columns // merge, merge, merge, 3, group, size, size)
+
+    def write(self, position: int, rgb: np.ndarray) -> None:
+        """Resize and write frame number ``position`` of the plan; the last one also fills its group's missing frames."""
+        plan, layout = self._plan, self._plan.layout
+        frame = resize_frame(rgb, plan.height, plan.width)
+        _, rows, columns = plan.grid_thw
+        size, merge = layout.patch_size, layout.merge_size
+        blocks = frame.view(rows // merge, merge, size, columns // merge, merge, size, 3)
+        patches = blocks.permute(0, 3, 1, 4, 6, 2, 5)
+        group, slot = divmod(position, layout.temporal_patch_size)
+        is_last = position == len(plan.frame_indices) - 1
+        for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
+            self._view[group, :, :, :, :, :, each].copy_(patches)
+
+
+def write_patches(
+    frame: Callable[[int], np.ndarray], plan: FramePlan, num_threads: int, cancel: threading.Event | None = None
+) -> SharedTensor:
+    """Patches of ``plan`` from frames that can be had by index in any order; ``frame`` runs in ``num_threads`` threads.
+
+    Raises what ``frame`` raises, and InterruptedError once ``cancel`` is set.
+    """
+    output = SharedTensor.create(plan.patches_shape)
+    writer = PatchWriter(plan, output.torch())
+
+    def write(position: int) -> None:
+        if cancel is not None and cancel.is_set():
+            raise InterruptedError("reading was cancelled")
+        writer.write(position, frame(plan.frame_indices[position]))
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        for _ in threads.map(write, range(len(plan.frame_indices))):
+            pass
+    return output
