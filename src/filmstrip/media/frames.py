@@ -10,12 +10,14 @@ import itertools
 import numbers
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from filmstrip.errors import InvalidRequestError, MediaDecodeError, MediaTooLargeError
+from filmstrip.media.decoders.base import Consume
 from filmstrip.media.image import open_image, probe_image
 from filmstrip.media.source import MediaSource
 from filmstrip.types import FrameTiming, VideoMetadata
@@ -27,7 +29,7 @@ _MAX_INDEX = 2**31 - 1
 
 
 class FrameListReader:
-    """Frames in the order they were given, behind the face of a video reader.
+    """Frames in the order they were given, behind the face of a video reader (:class:`~.decoders.base.VideoReader`).
 
     ``metadata.total_num_frames`` is the number of frames given and indices count these; ``metadata.timestamps`` are their
     times in the clip they were taken from. Safe to read from several threads.
@@ -44,9 +46,33 @@ class FrameListReader:
         if isinstance(frame, np.ndarray):
             return frame
         with _numbered(index):
-            pixels = np.asarray(open_image(frame, self._max_pixels))
+            pixels = np.array(open_image(frame, self._max_pixels))  # a copy, because PyTorch wants it writable
         self._check_shape(index, pixels.shape[:2])
         return pixels
+
+    def read(
+        self,
+        frame_indices: Sequence[int],
+        consume: Consume,
+        num_threads: int,
+        cancel: threading.Event | None = None,
+    ) -> tuple[int, ...]:
+        """Decode frames and hand them over as a video's reader does; all are delivered, or MediaDecodeError is raised."""
+        positions: dict[int, list[int]] = {}
+        for position, index in enumerate(frame_indices):
+            positions.setdefault(index, []).append(position)
+
+        def deliver(index: int) -> None:
+            if cancel is not None and cancel.is_set():
+                raise InterruptedError("reading was cancelled")
+            pixels = self.frame(index)
+            for position in positions[index]:
+                consume(position, pixels)
+
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="filmstrip-frames") as threads:
+            for _ in threads.map(deliver, positions):  # an error here cancels what has not begun
+                pass
+        return tuple(frame_indices)
 
     def close(self) -> None:
         """Drop the frames; may be called twice."""
