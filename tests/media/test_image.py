@@ -14,6 +14,7 @@ from filmstrip.media.image import image_from_data, open_image, probe_image
 from filmstrip.media.source import BytesSource
 
 LIMIT = 10**6
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
