@@ -111,7 +111,9 @@ def decode_all(path):
     """Every frame of a clip by plain sequential decoding, and its average rate: the truth to compare with."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        frames = [
+            np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in container.decode(stream)
+        ]
         return np.stack(frames), float(stream.average_rate)
 
 

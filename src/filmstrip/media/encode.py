@@ -45,8 +45,8 @@ def load_video(
 
     The count is the lower of ``num_frames`` and ``floor(duration * fps)``, -1 meaning no limit; ``sampling`` may add
     ``start`` and ``end`` seconds, ``min_frames`` and ``max_frames``. Returns uint8 (num_frames, height, width, 3) and a
-    dict: total_num_frames, fps, duration (seconds), video_backend, frames_indices, timestamps (seconds, one per frame), height,
-    width. Raises the MediaError family, and InvalidRequestError for a wrong setting.
+    dict: total_num_frames, fps, duration (seconds), video_backend, frames_indices, timestamps (seconds, one per frame),
+    height, width. Raises the MediaError family, and InvalidRequestError for a wrong setting.
     """
     config = config or MediaConfig()
     wanted = parse_frame_sampling({"num_frames": num_frames, "fps": fps, **sampling}, "load_video")

@@ -24,7 +24,7 @@ def resize_frame(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
     PyTorch's fixed-point kernel on channels-last uint8 is the one that torchvision's ``resize`` runs on CPU, so the result
     is bit-equal to the reference processors'. The kernel is single-threaded per image and releases the GIL.
     """
-    frame = torch.from_numpy(np.ascontiguousarray(rgb))
+    frame = torch.from_numpy(np.require(rgb, requirements=["C", "W"]))  # torch takes no read-only array
     if rgb.shape[:2] == (height, width):
         return frame
     channels_first = frame.permute(2, 0, 1).unsqueeze(0)
