@@ -143,9 +143,8 @@ class MediaLoader:
         decoded.
         """
         with about(opened.item.param), self._budget.item():
-            await asyncio.sleep(
-                0
-            )  # items of one request begin together: all must be counted before threads are shared out
+            # Items of one request begin together; all must be counted before threads are shared out.
+            await asyncio.sleep(0)
             return await self._run(lambda cancel: self._read(opened, plan, cancel))
 
     async def close(self) -> None:
