@@ -184,10 +184,10 @@ def test_picture_and_video_swapped(llm, clip, photo):
 
 
 def test_too_long_a_prompt_says_how_many_frames_fit(llm, tmp_path):
-    clip = make_clip(tmp_path / "long.mp4", 400, 64, 64, rate=10)
+    clip = make_clip(tmp_path / "long.mp4", 400, 128, 128, rate=10)
     options = {
         "media_io_kwargs": {"video": {"num_frames": 400}},
-        "mm_processor_kwargs": {"video": {"min_pixels": 9_000_000}},
+        "mm_processor_kwargs": {"video": {"max_pixels": 100_000_000}},
     }
     before = llm.stats()
     with pytest.raises(ContextLengthError, match=r"(\d+) of the video's 400 frames would fit") as caught:
