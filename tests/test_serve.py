@@ -213,10 +213,8 @@ def test_many_at_once_answer_as_one(server, client, media):
     ],
 )
 def test_wrong_input_is_an_openai_error_and_harms_nobody(server, media, body, status, param, words, stream):
-    text = str(body).replace("{media}", str(media))
-    response = server.post(
-        **{**eval(text), "stream": stream, "max_tokens": 4}
-    )  # our own literals, with the folder put in
+    body = json.loads(json.dumps(body).replace("{media}", str(media)))
+    response = server.post(**{**body, "stream": stream, "max_tokens": 4})
     error = response.json()["error"]
     assert response.status_code == status
     assert set(error) >= {"message", "type", "param", "code"}
