@@ -210,17 +210,19 @@ def test_frames_and_answers_of_chat():
         "0",
     ]
     arguments = chat(*argv, "--seed", "1", "--stop", "a", "--stop", "b", "--num-threads", "2")
-    assert chat_media_io_kwargs(arguments) == {"video": {"num_frames": -1, "fps": 0.5, "start_seconds": 3.0}}
+    assert chat_media_io_kwargs(arguments) == {"video": {"num_frames": -1, "fps": 0.5, "start": 3.0}}
     expected = {"max_tokens": 9, "temperature": 0.0, "seed": 1, "stop": ("a", "b")}
     assert chat_sampling(arguments) == expected
     assert chat_config(arguments) == LLMConfig(EngineConfig("m", num_threads=2))
 
 
 def test_wrong_values_of_chat(capsys):
-    with pytest.raises(UsageError, match="argument --temperature: temperature must be in"):
+    with pytest.raises(UsageError, match="--temperature must be in"):
         chat_sampling(chat("m", "--temperature", "-1"))
-    with pytest.raises(UsageError, match="argument --fps: fps must"):
+    with pytest.raises(UsageError, match=r"^--fps must be > 0, or -1"):
         chat_media_io_kwargs(chat("m", "--fps", "0"))
+    with pytest.raises(UsageError, match=r"^--start-seconds 5\.0 is above 3\.0"):
+        chat_media_io_kwargs(chat("m", "--start-seconds", "5", "--end-seconds", "3"))
     assert "unrecognized arguments: b" in refusal(capsys, "chat", "m", "a", "b")
 
 

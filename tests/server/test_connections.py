@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx2
@@ -212,7 +213,11 @@ from filmstrip.server.runner import bind, run
 config = server_config(drain_timeout_seconds=float(sys.argv[1]))
 listener = bind(config)
 print(listener.getsockname()[1], flush=True)
-asyncio.run(run(create_app(FakeLLM(step_seconds=float(sys.argv[2])), config), config, listener))
+llm = FakeLLM(step_seconds=float(sys.argv[2]))
+app = create_app(llm, config)
+app.get("/running")(lambda: len(llm.running))
+asyncio.run(run(app, config, listener))
+assert not llm.running
 print("clean end", flush=True)
 """
 
@@ -247,6 +252,12 @@ def test_signal_lets_running_requests_finish(number):
         assert process.stdout.read() == "clean end\n"
 
 
+def is_told_of_the_end(stream) -> bool:
+    with pytest.raises(openai.APIError, match="the server is shutting down") as caught:
+        list(stream)
+    return caught.value.code == "shutting_down"
+
+
 def test_second_signal_ends_running_requests():
     process, base_url = start_server(600, 600)
     with process, client_of(base_url) as client:
@@ -256,15 +267,22 @@ def test_second_signal_ends_running_requests():
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
+        assert is_told_of_the_end(stream)
         assert process.wait(20) == 0
 
 
 def test_requests_that_do_not_finish_in_time_are_ended():
     process, base_url = start_server(1, 600)
-    with process, client_of(base_url) as client:
+    with process, client_of(base_url) as client, ThreadPoolExecutor() as executor:
         stream = client.chat.completions.create(model="org/tiny-vl", messages=MESSAGES, stream=True)
         next(stream)
+        whole = executor.submit(client.chat.completions.create, model="org/tiny-vl", messages=MESSAGES)
+        wait_for(lambda: httpx2.get(base_url + "/running").text == "2")
         process.send_signal(signal.SIGTERM)
+        assert is_told_of_the_end(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            whole.result()
+        assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
         assert process.wait(20) == 0
 
 

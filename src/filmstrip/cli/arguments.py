@@ -26,6 +26,8 @@ _CHOICES = {
 }
 _ANSWER_FLAGS = frozenset({"seed"})
 """Flags of ``chat`` that are about its answers and not, as in ``serve``, about the engine."""
+_REQUEST_NAMES = {"start_seconds": "start", "end_seconds": "end"}
+"""Names of FrameSampling's fields in requests, where they differ."""
 _SMALLEST_GB = 0.001
 _BOUNDS = {
     "block_size": (1, math.inf),
@@ -89,20 +91,23 @@ def chat_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         SamplingParams(**given)
     except InvalidRequestError as error:
-        raise UsageError(f"argument {flag_name(error.param or '')}: {error.message}") from None
+        param = error.param or ""
+        raise UsageError(error.message.replace(param, flag_name(param))) from None
     return given
 
 
 def chat_media_io_kwargs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """``media_io_kwargs`` of the flags that say which frames to look at, checked."""
     given = given_flags(arguments, FrameSampling)
-    kwargs = {"video": given} if given else None
+    if not given:
+        return None
+    kwargs = {"video": {_REQUEST_NAMES.get(name, name): value for name, value in given.items()}}
     try:
         parse_media_options(kwargs, None, MediaOptions())
     except InvalidRequestError as error:
-        field = (error.param or "").rpartition(".")[2]
-        message = error.message.replace("media_io_kwargs.video.", "")
-        raise UsageError(f"argument {flag_name(field)}: {message}") from None
+        flags = {f"media_io_kwargs.video.{_REQUEST_NAMES.get(name, name)}": flag_name(name) for name in given}
+        param = error.param or ""
+        raise UsageError(error.message.replace(param, flags.get(param, param))) from None
     return kwargs
 
 

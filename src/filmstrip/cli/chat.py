@@ -75,6 +75,8 @@ class _Chat:
         while (question := _read_question()) is not None:
             try:
                 self.ask(question)
+            except KeyboardInterrupt:  # came just as the answer ended by itself
+                continue
             except EngineDeadError:
                 raise
             except FilmstripError as error:

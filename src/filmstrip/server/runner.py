@@ -16,6 +16,7 @@ from filmstrip.server.middleware import is_loopback
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_SECONDS = 5.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -71,9 +72,19 @@ class Server(uvicorn.Server):
         )
 
     def stop(self) -> None:
-        """Finish what runs; the second time, do not."""
-        self.force_exit = self.should_exit
+        """Finish what runs; the second time, end it."""
+        if self.should_exit:
+            self.force_exit = True
+            # From Python 3.12 on, a closed listener waits for its connections, whatever uvicorn does not wait for.
+            for task in self.server_state.tasks:
+                task.cancel()
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let requests finish, cancel those that take too long, and let these tell their clients."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORDS_SECONDS)
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """Nothing: the signals are ours."""

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from filmstrip.errors import FilmstripError
+from filmstrip.errors import EngineOverloadedError, FilmstripError
 from filmstrip.server.errors import error_body
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,9 @@ class EventStream(Response):
                 await unless_disconnected(receive, self._send_events(send))
             except ClientDisconnect:
                 return
+            except EngineOverloadedError as error:
+                last = encode_event(error_body(error)) + DONE
+                await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send_events(self, send: Send) -> None:
         async for event in self._events:
@@ -97,12 +100,16 @@ class EventStream(Response):
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of ``work``; if the client goes away first, ``work`` is cancelled and ClientDisconnect raised.
 
-    The request's body must have been read.
+    The request's body must have been read. Only a server that ends cancels a request from outside; that its client can
+    be told, it becomes an EngineOverloadedError.
     """
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnection(receive))
     try:
-        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            raise EngineOverloadedError("the server is shutting down", code="shutting_down") from None
         if not worker.done():
             raise ClientDisconnect
         return worker.result()
