@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
 import sys
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from filmstrip.cli.arguments import chat_config, chat_media, chat_media_io_kwargs, chat_sampling
 from filmstrip.cli.display import Display
+from filmstrip.cli.loop_thread import LoopThread
 from filmstrip.errors import EngineDeadError, FilmstripError
 from filmstrip.llm import AsyncLLM
 from filmstrip.types import RequestOutput, SamplingParams
 
 with contextlib.suppress(ImportError):  # not everywhere; where it is, importing it gives input() a line editor
     import readline  # noqa: F401
-
-Result = TypeVar("Result")
 
 _LEAVE = frozenset({"/exit", "/quit"})
 _EXIT_INTERRUPTED = 130
@@ -34,10 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     config, given = chat_config(arguments), chat_sampling(arguments)
     media, media_io_kwargs = chat_media(arguments), chat_media_io_kwargs(arguments)
     display = Display(sys.stdout, sys.stderr)
-    with _event_loop() as loop:
+    with LoopThread() as loop:
         display.note(f"loading {arguments.model}")
         try:
-            llm = _run_interruptibly(loop, AsyncLLM.start(config))
+            llm = loop.run(AsyncLLM.start(config))
         except asyncio.CancelledError:
             return _EXIT_INTERRUPTED
         try:
@@ -48,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
                 return 0
             return 0 if chat.ask(arguments.question) else _EXIT_INTERRUPTED
         finally:
-            loop.run_until_complete(llm.close())
+            loop.run(llm.close())
 
 
 class _Chat:
@@ -56,7 +54,7 @@ class _Chat:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: LoopThread,
         llm: AsyncLLM,
         display: Display,
         params: SamplingParams,
@@ -85,7 +83,7 @@ class _Chat:
     def ask(self, question: str) -> bool:
         """Answer one question; False if Ctrl-C ended the answer. What was said is kept, unless there was nothing."""
         message = {"role": "user", "content": [*self._media, {"type": "text", "text": question}]}
-        answer = _run_interruptibly(self._loop, self._answer([*self._messages, message]))
+        answer = self._loop.run(self._answer([*self._messages, message]))
         if answer is not None and answer.text:
             self._messages += [message, {"role": "assistant", "content": answer.text}]
             self._media = []
@@ -98,7 +96,7 @@ class _Chat:
             messages, self._params, media_io_kwargs=self._media_io_kwargs, on_progress=display.progress
         )
         try:
-            async with aclosing(cast("AsyncGenerator[RequestOutput, None]", outputs)):
+            async with aclosing(outputs):
                 async for output in outputs:
                     display.output(output)
         except asyncio.CancelledError:
@@ -123,27 +121,3 @@ def _read_question() -> str | None:
             return None
         if question:
             return question
-
-
-@contextlib.contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """A loop that runs only while there is something to wait for: between answers the terminal has the thread."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        yield loop
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-def _run_interruptibly(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``; Ctrl-C cancels it instead of ending the program."""
-    task = loop.create_task(work)
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        return loop.run_until_complete(task)
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)

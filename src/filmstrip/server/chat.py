@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -105,7 +105,7 @@ async def _outputs(state: ServerState, body: ChatCompletionRequest, answer_id: s
         continue_final_message=continue_final_message,
     )
     try:
-        async with aclosing(cast(Outputs, outputs)):
+        async with aclosing(outputs):
             async for output in outputs:
                 if output.finish_reason == "abort":
                     raise FilmstripError("the server aborted the request", code="aborted")
