@@ -37,16 +37,16 @@ class LoopThread:
         Raises what ``work`` raises: CancelledError if it did not make something of its cancellation.
         """
         ended = threading.Event()
+        tasks: list[asyncio.Task[Result]] = []
 
-        async def start() -> asyncio.Task[Result]:
-            task = asyncio.ensure_future(work)
-            task.add_done_callback(lambda _: ended.set())
-            return task
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(lambda _: ended.set())
 
-        task = asyncio.run_coroutine_threadsafe(start(), self._loop).result()
+        self._loop.call_soon_threadsafe(begin)
         try:
             ended.wait()
         except KeyboardInterrupt:
-            self._loop.call_soon_threadsafe(task.cancel)
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
             ended.wait()
-        return task.result()
+        return tasks[0].result()
