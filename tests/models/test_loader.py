@@ -17,7 +17,8 @@ from filmstrip.demo.checkpoint import make_qwen3_vl
 from filmstrip.errors import ModelLoadError
 from filmstrip.models import devices
 from filmstrip.models.checkpoint import open_checkpoint
-from filmstrip.models.devices import cpu_has_bfloat16_units, resolve_device, resolve_dtype
+from filmstrip.models.cpu_features import cpu_has_bfloat16_units
+from filmstrip.models.devices import resolve_device, resolve_dtype
 from filmstrip.models.loader import load_model
 from filmstrip.models.registry import find_architecture, model_class, supported_architectures
 

@@ -1,40 +1,49 @@
 """Packed Q, K and V of one step in, attention over pages in main memory out; knows no model and no scheduler.
 
-Requests with few rows (decode steps, short follow-ups) are read in place by compiled kernels; long prefill chunks gather
-their pages once per layer and go through ``scaled_dot_product_attention``.
+Compiled kernels read pages in place. Only long prefill chunks in bf16, on a CPU that multiplies bf16 in hardware, gather
+their pages and go through ``scaled_dot_product_attention``, which uses those units.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from filmstrip.models import cpu_attention_kernels as kernels
 from filmstrip.models.batch import Batch
+from filmstrip.models.cpu_attention_kernels import ARGUMENTS, RUN, WORK, compiled_kernels, scratch_row
+from filmstrip.models.cpu_features import cpu_has_bfloat16_units
+from filmstrip.models.cpu_simd import VECTOR
 from filmstrip.models.cpu_threads import run_on_threads
+from filmstrip.models.dense_attention import attend_dense
 from filmstrip.models.paged_attention import AttentionShape
 
 DEFAULT_BLOCK_SIZE = 32
-"""Two vectors of scores: what the kernels hold in registers at once."""
+"""Two vectors of scores, what the kernels hold in registers at once."""
 
-MAX_ROWS_PER_ITEM = 64
-"""Query rows times grouped heads that one work item takes: its scratch stays in a core's cache."""
+MAX_ROWS_PER_WORK = 64
+"""Query rows times grouped heads of one work item: its scratch stays in a core's second-level cache."""
 
 MIN_TOKENS_PER_SPLIT = 256
-ITEMS_PER_THREAD = 4
-"""Long contexts are split until there are so many items for each thread, but never below so many tokens."""
+WORKS_PER_THREAD = 4
+"""Long contexts are split until there are so many work items for each thread, but never below so many tokens."""
+
+MIN_GATHER_ROWS = 64
+"""Rows of a chunk from which bf16 attention on bf16 units is faster than reading pages in place, the copy included
+(``benchmarks/attention.py`` measures it)."""
 
 
 class CpuPagedAttention:
     """K pages (num_blocks, num_kv_heads, head_dim, block_size) and V pages (num_blocks, num_kv_heads, block_size, head_dim).
 
-    The last dimension is padded to whole vectors. Pages are float32 or bfloat16; sums are always fp32.
+    The last dimension is padded to whole vectors. Pages are float32 or bfloat16; sums are fp32 either way.
     """
 
     def __init__(self, shape: AttentionShape, dtype: torch.dtype, block_size: int | None = None) -> None:
+        """Compile the kernels, or read them from disk."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"K and V on CPU are stored as float32 or bfloat16, not {dtype}")
         self.shape = shape
@@ -42,10 +51,9 @@ class CpuPagedAttention:
         self.block_size = block_size or DEFAULT_BLOCK_SIZE
         self.key_columns = _whole_vectors(self.block_size)
         self.value_columns = _whole_vectors(shape.head_dim)
+        self.kernels = compiled_kernels(dtype == torch.bfloat16)
+        self.gathers_long_chunks = dtype == torch.bfloat16 and cpu_has_bfloat16_units()
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
-        is_half = dtype == torch.bfloat16
-        self.attend_kernel = (kernels.attend_bf16 if is_half else kernels.attend_fp32).address
-        self.store_kernel = (kernels.store_bf16 if is_half else kernels.store_fp32).address
 
     def allocate(self, num_blocks: int) -> None:
         """Make ``num_blocks`` zeroed pages for every layer; pages made before are dropped first."""
@@ -61,39 +69,50 @@ class CpuPagedAttention:
         return CpuAttentionStep(self, batch)
 
 
+@dataclass(frozen=True)
+class _LongChunk:
+    """Rows of a request that are attended after gathering its pages."""
+
+    rows: slice
+    length: int
+    runs: np.ndarray
+
+
 class CpuAttentionStep:
     """One forward pass on CPU: work lists and scratch memory are made once, then used by every layer."""
 
     def __init__(self, attention: CpuPagedAttention, batch: Batch) -> None:
         self._attention = attention
-        shape, num_threads = attention.shape, torch.get_num_threads()
-        group = shape.num_query_heads_per_kv_head
+        shape = attention.shape
+        group, num_threads = shape.num_query_heads_per_kv_head, torch.get_num_threads()
         self._block_tables = np.ascontiguousarray(batch.block_tables.numpy(), dtype=np.int32)
-        self._runs = plan_runs(batch.slot_mapping.numpy(), attention.block_size)
-        work = plan_work(
-            batch.query_lens,
+        self._store_runs = plan_runs(batch.slot_mapping.numpy(), attention.block_size)
+        self._long_chunks = self._plan_long_chunks(batch)
+        self._works, num_partials = plan_works(
+            [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
+            np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
             batch.context_lens_list,
             num_kv_heads=shape.num_kv_heads,
-            max_rows=max(1, MAX_ROWS_PER_ITEM // group),
+            max_rows=max(1, MAX_ROWS_PER_WORK // group),
             block_size=attention.block_size,
             num_threads=num_threads,
         )
-        self._items = work.items
-        max_rows = int(work.items[:, kernels.WORK_FIELDS.index("num_rows")].max()) * group
-        row_size = shape.head_dim + attention.value_columns + attention.key_columns + 2
+        max_rows = int(self._works["num_rows"].max(initial=1)) * group
+        row_size = scratch_row(shape.head_dim, attention.key_columns, attention.value_columns)
+        partial_size = max_rows * (attention.value_columns + VECTOR)
         self._scratch = np.empty((num_threads, max_rows * row_size), dtype=np.float32)
-        partial_size = max_rows * (attention.value_columns + kernels.VECTOR)
-        self._partials = np.empty((work.num_partials * shape.num_kv_heads, partial_size), dtype=np.float32)
-        self._pending = np.zeros(work.num_partials * shape.num_kv_heads, dtype=np.int64)
+        self._partials = np.empty((num_partials * shape.num_kv_heads, partial_size), dtype=np.float32)
+        self._pending = np.zeros(num_partials * shape.num_kv_heads, dtype=np.int64)
         self._counters = np.zeros(2, dtype=np.int64)
-        self._arguments = np.zeros(len(kernels.ARGUMENTS), dtype=np.int64)
+        self._arguments = np.zeros(1, dtype=ARGUMENTS)
         self._set(
-            next_item=self._counters[0:].ctypes.data,
-            next_slot=self._counters[1:].ctypes.data,
+            next_work=self._counters.ctypes.data,
+            next_slot=self._counters.ctypes.data + self._counters.itemsize,
             block_tables=self._block_tables.ctypes.data,
             table_stride=self._block_tables.shape[1],
             scratch=self._scratch.ctypes.data,
             scratch_stride=self._scratch.shape[1],
+            max_rows=max_rows,
             partials=self._partials.ctypes.data,
             partial_stride=partial_size,
             pending=self._pending.ctypes.data,
@@ -109,9 +128,44 @@ class CpuAttentionStep:
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
-        key_pages, value_pages = self._attention.pages[layer_index]
+        kernels, (key_pages, value_pages) = self._attention.kernels, self._attention.pages[layer_index]
         self._set(key_pages=key_pages.data_ptr(), value_pages=value_pages.data_ptr())
-        key, value = (_rows_contiguous(tensor.to(self._attention.dtype)) for tensor in (key, value))
+        key, value = (_contiguous_rows(tensor.to(self._attention.dtype)) for tensor in (key, value))
+        self._set_tokens(key, value)
+        self._run(kernels.store, self._store_runs)
+        output = torch.empty(query.shape, dtype=torch.float32)
+        if len(self._works):
+            scaled = (query.to(torch.float32) * (scaling * math.log2(math.e))).contiguous()
+            self._set(query=scaled.data_ptr(), output=output.data_ptr())
+            self._run(kernels.attend, self._works)
+        for chunk in self._long_chunks:
+            output[chunk.rows] = self._attend_gathered(chunk, query[chunk.rows], scaling)
+        return output.to(query.dtype)
+
+    def _attend_gathered(self, chunk: _LongChunk, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of one long chunk over a contiguous copy of its request's pages."""
+        shape = self._attention.shape
+        keys, values = (
+            torch.empty(shape.num_kv_heads, chunk.length, shape.head_dim, dtype=self._attention.dtype) for _ in range(2)
+        )
+        self._set_tokens(keys.transpose(0, 1), values.transpose(0, 1))
+        self._run(self._attention.kernels.gather, chunk.runs)
+        return attend_dense(query.to(keys.dtype), keys, values, scaling)
+
+    def _plan_long_chunks(self, batch: Batch) -> list[_LongChunk]:
+        chunks, row = [], 0
+        for blocks, num_rows, length in zip(self._block_tables, batch.query_lens, batch.context_lens_list, strict=True):
+            if self._is_long(num_rows):
+                runs = plan_block_runs(blocks, length, self._attention.block_size)
+                chunks.append(_LongChunk(slice(row, row + num_rows), length, runs))
+            row += num_rows
+        return chunks
+
+    def _is_long(self, num_rows: int) -> bool:
+        return self._attention.gathers_long_chunks and num_rows >= MIN_GATHER_ROWS
+
+    def _set_tokens(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Tell the kernels where K and V of single tokens lie, (N, num_kv_heads, head_dim) of any strides but the last."""
         self._set(
             keys=key.data_ptr(),
             key_token_stride=key.stride(0),
@@ -120,91 +174,84 @@ class CpuAttentionStep:
             value_token_stride=value.stride(0),
             value_head_stride=value.stride(1),
         )
-        self._run(self._attention.store_kernel, self._runs)
-        scaled = (query.to(torch.float32) * (scaling * math.log2(math.e))).contiguous()
-        output = torch.empty_like(scaled)
-        self._set(query=scaled.data_ptr(), output=output.data_ptr())
-        self._run(self._attention.attend_kernel, self._items)
-        return output.to(query.dtype)
 
     def _set(self, **values: int) -> None:
         """Fill in arguments of the kernels by name."""
         for name, value in values.items():
-            self._arguments[_ARGUMENT_INDEX[name]] = value
+            self._arguments[name] = value
 
-    def _run(self, kernel: int, work: np.ndarray) -> None:
-        """Run a kernel over a work list on all threads."""
-        self._set(items=work.ctypes.data, num_items=len(work))
+    def _run(self, kernel, works: np.ndarray) -> None:
+        """Run a kernel over a list of work on all threads."""
+        self._set(works=works.ctypes.data, num_works=len(works))
         self._counters[:] = 0
-        run_on_threads(kernel, self._arguments.ctypes.data)
+        run_on_threads(kernel.address, self._arguments.ctypes.data)
 
 
-@dataclass(frozen=True)
-class WorkPlan:
-    """Work items of attention, int64 (num_items, fields), most expensive first, and how many of them are split parts."""
-
-    items: np.ndarray
-    num_partials: int
-
-
-def plan_work(
-    query_lens: list[int],
-    context_lens: list[int],
+def plan_works(
+    query_lens: Sequence[int],
+    first_rows: Sequence[int],
+    context_lens: Sequence[int],
     *,
     num_kv_heads: int,
     max_rows: int,
     block_size: int,
     num_threads: int,
-) -> WorkPlan:
-    """Cut every request into tiles of ``max_rows`` rows, and tiles over long contexts into splits, for balance."""
+) -> tuple[np.ndarray, int]:
+    """Attention work for the kernels, records :data:`WORK`, most expensive first, and the number of partial results.
+
+    Requests are cut into tiles of ``max_rows`` rows (one with 0 rows has no work); a tile over a long context is split
+    until all threads have enough to do.
+    """
     tiles = []
-    first_row = 0
-    for sequence, (num_rows, length) in enumerate(zip(query_lens, context_lens, strict=True)):
+    for sequence, (num_rows, first_row, length) in enumerate(zip(query_lens, first_rows, context_lens, strict=True)):
         for start in range(0, num_rows, max_rows):
             rows = min(max_rows, num_rows - start)
             position = length - num_rows + start
             tiles.append((sequence, first_row + start, rows, position, position + rows))
-        first_row += num_rows
-    split_length = _split_length(sum(tile[-1] for tile in tiles) * num_kv_heads, block_size, num_threads)
-    items, num_partials = [], 0
-    for sequence, row, rows, position, length in tiles:
-        num_splits = -(-length // split_length)
-        step = -(-length // (num_splits * block_size)) * block_size
-        num_splits = -(-length // step)
-        for split in range(num_splits):
-            end = min(length, (split + 1) * step)
-            items.append((sequence, row, rows, position, split * step, end, num_splits, split, num_partials))
-        if num_splits > 1:
-            num_partials += num_splits
-    table = np.array(items, dtype=np.int64).reshape(-1, len(kernels.WORK_FIELDS))
-    cost = (table[:, 5] - table[:, 4]) * table[:, 2]
-    return WorkPlan(table[np.argsort(-cost, kind="stable")], num_partials)
+    num_tokens = sum(tile[-1] for tile in tiles) * num_kv_heads
+    split_length = (
+        num_tokens + 1
+        if num_threads == 1
+        else max(MIN_TOKENS_PER_SPLIT, num_tokens // (num_threads * WORKS_PER_THREAD))
+    )
+    works, num_partials = [], 0
+    for sequence, first_row, rows, position, length in tiles:
+        step = -(-length // -(-length // split_length))
+        step = -(-step // block_size) * block_size
+        starts = range(0, length, step)
+        for split, start in enumerate(starts):
+            end = min(length, start + step)
+            works.append((sequence, first_row, rows, position, start, end, len(starts), split, num_partials))
+        num_partials += len(starts) if len(starts) > 1 else 0
+    records = np.array(works, dtype=WORK)
+    cost = (records["end"] - records["start"]) * records["num_rows"]
+    return records[np.argsort(-cost, kind="stable")], num_partials
 
 
 def plan_runs(slots: np.ndarray, block_size: int) -> np.ndarray:
-    """Runs of consecutive slots within a block, int64 (num_runs, fields), from the slot of each token."""
-    if len(slots) == 0:
-        return np.zeros((0, len(kernels.RUN_FIELDS)), dtype=np.int64)
-    starts = np.flatnonzero(np.r_[True, (np.diff(slots) != 1) | (slots[1:] % block_size == 0)])
-    lengths = np.diff(np.r_[starts, len(slots)])
-    first = slots[starts]
-    return np.ascontiguousarray(np.stack([starts, lengths, first // block_size, first % block_size], axis=1), np.int64)
+    """Records :data:`RUN` for tokens that go to ``slots`` (block * block_size + offset)."""
+    starts = np.flatnonzero(np.diff(slots, prepend=slots[:1] - 2) != 1)
+    starts = np.union1d(starts, np.flatnonzero(slots % block_size == 0))
+    runs = np.empty(len(starts), dtype=RUN)
+    runs["token"] = starts
+    runs["length"] = np.diff(starts, append=len(slots))
+    runs["block"], runs["offset"] = np.divmod(slots[starts], block_size)
+    return runs
 
 
-def _split_length(total_tokens: int, block_size: int, num_threads: int) -> int:
-    """Tokens that one item should take at most, in whole blocks."""
-    if num_threads == 1:
-        return max(total_tokens, 1)
-    wanted = max(MIN_TOKENS_PER_SPLIT, total_tokens // (num_threads * ITEMS_PER_THREAD))
-    return -(-wanted // block_size) * block_size
+def plan_block_runs(blocks: np.ndarray, length: int, block_size: int) -> np.ndarray:
+    """Records :data:`RUN` for the first ``length`` tokens of a request that owns ``blocks``."""
+    starts = np.arange(0, length, block_size)
+    runs = np.zeros(len(starts), dtype=RUN)
+    runs["token"] = starts
+    runs["length"] = np.minimum(block_size, length - starts)
+    runs["block"] = blocks[: len(starts)]
+    return runs
 
 
 def _whole_vectors(columns: int) -> int:
-    return -(-columns // kernels.VECTOR) * kernels.VECTOR
+    return -(-columns // VECTOR) * VECTOR
 
 
-def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def _contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-_ARGUMENT_INDEX = {name: index for index, name in enumerate(kernels.ARGUMENTS)}

@@ -47,7 +47,7 @@ _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @lru_cache(maxsize=1)
 def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel(function, data, num_threads, flags)`` of the library that PyTorch runs on, None where there is none."""
+    """``GOMP_parallel(function, data, num_threads, flags)`` of the library that PyTorch runs on, else None."""
     for path in loaded_openmp_libraries():
         try:
             parallel = ctypes.CDLL(path).GOMP_parallel

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from filmstrip.errors import ModelLoadError
 from filmstrip.models.cpu_attention import CpuPagedAttention
+from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 from filmstrip.models.cuda_attention import CudaPagedAttention
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 
@@ -53,23 +51,6 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device
             param="dtype",
         )
     return DTYPES[name]
-
-
-def cpu_has_bfloat16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; False where ``cpuinfo`` (Linux) does not exist."""
-    try:
-        text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = next(
-        (line.split(":", 1)[-1].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), []
-    )
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
-def num_usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_attention(

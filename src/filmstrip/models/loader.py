@@ -10,7 +10,7 @@ from filmstrip.config import EngineConfig
 from filmstrip.errors import ModelLoadError
 from filmstrip.models.base import Model
 from filmstrip.models.checkpoint import open_checkpoint
-from filmstrip.models.devices import num_usable_cores
+from filmstrip.models.cpu_features import num_usable_cores
 from filmstrip.models.registry import model_class
 
 logger = logging.getLogger(__name__)
