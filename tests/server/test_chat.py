@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from filmstrip.errors import MediaBlockedError
 from tests.server.fakes import FakeLLM, asgi_client
 
 URL = "/v1/chat/completions"
@@ -260,11 +261,12 @@ async def test_harmless_and_unknown_fields_and_values_that_ask_for_nothing_are_a
 
 async def test_lines_in_the_log_say_nothing_of_what_was_said(caplog):
     caplog.set_level("DEBUG", logger="filmstrip")
-    secret = "https://example.com/a.mp4?X-Amz-Signature=abc"
-    messages = [
-        {"role": "user", "content": [{"type": "video_url", "video_url": secret}, {"type": "text", "text": "private"}]}
-    ]
+    url = "https://example.com/a.mp4?X-Amz-Signature=abc"
+    parts = [{"type": "video_url", "video_url": url}, {"type": "text", "text": "private"}]
+    messages = [{"role": "user", "content": parts}]
     await post(FakeLLM(), messages=messages)
+    await post(FakeLLM(error=MediaBlockedError("address not public")), messages=messages)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("filmstrip")]
-    assert any("prompt 30 tokens (16 cached), answer 3 tokens, stop" in line for line in lines)
+    assert "stop, prompt 30 tokens (16 cached), answer 3 tokens, " in lines[0]
+    assert "media_blocked, prompt 0 tokens (0 cached), answer 0 tokens, " in lines[1]
     assert not any(word in line for line in lines for word in ("private", "Signature", "cat"))

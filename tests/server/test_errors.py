@@ -264,6 +264,7 @@ async def test_dead_engine_refuses_new_requests():
         for path in ("/health", "/ping"):
             response = await client.get(path)
             assert (response.status_code, error_of(response)["code"]) == (503, "engine_dead")
+            assert error_of(response)["type"] == "server_error"
         llm.is_alive = True
         assert (await client.post(URL, json={"messages": MESSAGES})).status_code == 200
         assert (await client.get("/health")).json() == {"status": "ok"}

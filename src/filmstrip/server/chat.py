@@ -29,7 +29,7 @@ from filmstrip.server.protocol import (
 )
 from filmstrip.server.state import SYSTEM_FINGERPRINT, ServerState, server_state
 from filmstrip.server.streaming import EventStream, encode_events, unless_disconnected, with_keep_alives
-from filmstrip.types import RequestOutput
+from filmstrip.types import RequestOutput, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -104,22 +104,27 @@ async def _outputs(state: ServerState, body: ChatCompletionRequest, answer_id: s
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
     )
+    outcome = "not finished"
     try:
         async with aclosing(outputs):
             async for output in outputs:
                 if output.finish_reason == "abort":
                     raise FilmstripError("the server aborted the request", code="aborted")
+                outcome = output.finish_reason or outcome
                 yield output
+    except FilmstripError as error:
+        outcome = error.code
+        raise
     finally:
-        usage = output.usage if output else None
+        usage = output.usage if output else Usage()
         logger.info(
-            "%s %s: prompt %s tokens (%s cached), answer %s tokens, %s, %.3f s",
+            "%s %s: %s, prompt %d tokens (%d cached), answer %d tokens, %.3f s",
             request_id,
             answer_id,
-            usage.prompt_tokens if usage else "-",
-            usage.cached_tokens if usage else "-",
-            usage.completion_tokens if usage else "-",
-            (output and output.finish_reason) or "not finished",
+            outcome,
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            usage.completion_tokens,
             time.monotonic() - started,
         )
 

@@ -33,6 +33,7 @@ class HTTPRequestError(InvalidRequestError):
     def __init__(self, http_status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, code=code)
         self.http_status = http_status
+        self.error_type = self.error_type if http_status < 500 else FilmstripError.error_type
         self.headers = dict(headers or {})
 
 
