@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ROWS_AT_ONCE = 512
+ROWS_PER_MASK = 512
 """Rows that go through attention together where a mask is needed, which bounds the mask and skips what no row sees."""
 
 
@@ -19,17 +19,36 @@ def attend_dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     # One batch entry per K and V head; its query heads share K and V by a stride of 0 instead of copies.
     rows = query.transpose(0, 1).unflatten(0, (-1, group))
     keys, values = (tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
-    if num_rows == length or num_rows == 1:
+    if num_rows in (1, length):
         output = F.scaled_dot_product_attention(rows, keys, values, is_causal=num_rows > 1, scale=scaling)
-        return output.flatten(0, 1).transpose(0, 1)
+    elif query.device.type == "cpu":
+        output = _attend_in_two_parts(rows, keys, values, scaling)
+    else:
+        output = _attend_with_masks(rows, keys, values, scaling)
+    return output.flatten(0, 1).transpose(0, 1)
+
+
+def _attend_in_two_parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """All see what came before; among themselves they are causal: neither needs a mask, which is slow on CPU.
+
+    The two results weigh as the sums of exponentials they were divided by. Only this operator of PyTorch, which
+    ``scaled_dot_product_attention`` runs on CPU, returns the logarithms of those.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    num_before = keys.shape[2] - rows.shape[2]
+    among, log_among = flash(rows, keys[:, :, num_before:], values[:, :, num_before:], 0.0, True, scale=scaling)
+    before, log_before = flash(rows, keys[:, :, :num_before], values[:, :, :num_before], 0.0, False, scale=scaling)
+    return torch.lerp(among, before, torch.sigmoid(log_before - log_among).unsqueeze(-1).to(among.dtype))
+
+
+def _attend_with_masks(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Slabs of rows, each with a mask over the keys that its last row sees."""
+    num_rows, length = rows.shape[2], keys.shape[2]
     outputs = []
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        slab = rows[:, :, start : start + ROWS_AT_ONCE]
+    for start in range(0, num_rows, ROWS_PER_MASK):
+        slab = rows[:, :, start : start + ROWS_PER_MASK]
         visible = length - num_rows + start + slab.shape[2]
-        mask = torch.ones(slab.shape[2], visible, dtype=torch.bool, device=query.device).tril_(visible - slab.shape[2])
-        outputs.append(
-            F.scaled_dot_product_attention(
-                slab, keys[:, :, :visible], values[:, :, :visible], attn_mask=mask, scale=scaling
-            )
-        )
-    return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)
+        mask = torch.ones(slab.shape[2], visible, dtype=torch.bool, device=rows.device).tril_(visible - slab.shape[2])
+        seen = (keys[:, :, :visible], values[:, :, :visible])
+        outputs.append(F.scaled_dot_product_attention(slab, *seen, attn_mask=mask, scale=scaling))
+    return torch.cat(outputs, dim=2)
