@@ -201,6 +201,12 @@ def test_too_long_a_prompt_says_how_many_frames_fit(llm, tmp_path):
         llm.chat(ask(video(clip), "x"), GREEDY, **(options | {"media_io_kwargs": too_many}))
 
 
+def test_stop_tokens_beyond_the_vocabulary_are_refused(llm):
+    with pytest.raises(InvalidRequestError, match="vocabulary") as caught:
+        llm.chat(ask("x"), SamplingParams(stop_token_ids=(3, 10**6)))
+    assert caught.value.param == "stop_token_ids"
+
+
 def test_unknown_options_and_models():
     with pytest.raises(TypeError, match="max_model_length"):
         LLM("anything", max_model_length=5)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig
 from filmstrip.engine.client import EngineClient
+from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.tasks import gather_or_cancel
@@ -94,6 +95,7 @@ class AsyncLLM:
         (InvalidRequestError family) before the first output. Closing the iterator aborts the request everywhere.
         """
         request_id = request_id or uuid.uuid4().hex
+        self._check_stop_token_ids(params)
         report = on_progress or _ignore
         prompt = await self._prompts.build(
             messages,
@@ -118,6 +120,15 @@ class AsyncLLM:
                 yield output
                 if output.finish_reason is not None:  # a stop string was found, of which the engine knows nothing
                     return
+
+    def _check_stop_token_ids(self, params: SamplingParams) -> None:
+        vocab_size = self._engine.info.vocab_size
+        beyond = next((token_id for token_id in params.stop_token_ids if token_id >= vocab_size), None)
+        if beyond is not None:
+            raise InvalidRequestError(
+                f"stop_token_ids has {beyond}, but the model's vocabulary has {vocab_size} tokens",
+                param="stop_token_ids",
+            )
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the engine and the media cache, for tests and monitoring."""

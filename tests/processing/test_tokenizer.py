@@ -73,9 +73,12 @@ def test_control_tokens_typed_by_a_user_stay_text(tokenizer, template, parts):
     assert tokenizer.decode(body) == "user\n" + "".join(parts)
 
 
-def test_reserved_template_variables_are_refused(template):
-    with pytest.raises(InvalidRequestError, match="tokenize"):
-        template.render([{"role": "user", "content": "x"}], template_kwargs={"tokenize": True})
+@pytest.mark.parametrize(
+    "name", ["tokenize", "chat_template", "messages", "self", "return_assistant_tokens_mask", "tools"]
+)
+def test_reserved_template_variables_are_refused(template, name):
+    with pytest.raises(InvalidRequestError, match=f"may not set {name}"):
+        template.render([{"role": "user", "content": "x"}], template_kwargs={name: True})
 
 
 def test_streamed_text_is_the_whole_text(tokenizer):

@@ -7,21 +7,21 @@ ones and the marks are taken out. The mark is a Unicode noncharacter that occurs
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 from filmstrip.errors import InvalidRequestError, ModelLoadError
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.tokenizer import Tokenizer
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-_RESERVED_KWARGS = frozenset(
-    {"chat_template", "tokenize", "conversation", "messages", "return_dict", "return_tensors", "add_generation_prompt"}
-    | {"continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs", "tools", "documents"}
-)
+# What the renderer takes for itself; everything else is a variable of the template.
+_RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
 class ChatTemplate:
