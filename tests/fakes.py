@@ -1,157 +1,224 @@
-"""A model without weights whose answers depend on everything the engine must get right.
+"""A fake model on real paged bookkeeping: packed batches in, logits out that only the right context can give.
 
-It keeps, per slot of a paged cache, an identity of what was written there. The logits of a row are drawn from a hash of all
-identities the row can see, read back through its block table: a wrong block, slot, position, chunk, shared prefix or media
-row changes the tokens that come out.
+It has two layers of "K and V". Layer 0 keeps what stands in a slot (token id or media row, and its position); layer 1 keeps
+a hash over everything visible to that token, read back through the block table. Logits are a function of layer 1 over the
+whole context. So a wrong slot, block table, chunk border, position, shared block or media row changes the answer, at once
+or when the wrong content is read later. It knows no scheduling, no sampling and no request.
 """
 
+from __future__ import annotations
+
 import hashlib
+import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from filmstrip.models.base import ModelInfo
+from filmstrip.config import EngineConfig
+from filmstrip.errors import ModelLoadError
+from filmstrip.models.base import EncoderInput, ModelInfo
+from filmstrip.models.batch import Batch
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import MediaFeature, Modality, Normalization, PlaceholderRange, ProcessedPrompt
 
 VOCAB_SIZE = 97
-PAD = 96
+PLACEHOLDER_ID = 96
+PATCH_BYTES = 6
 NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_PRIME = (1 << 61) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class FakeModel:
-    """Implements :class:`filmstrip.models.base.Model`; ``block_size`` small, so that every test crosses blocks."""
+    """Implements :class:`filmstrip.models.base.Model` with integers.
 
-    def __init__(self, block_size=4):
+    One patch row is one embedding row. Faults are injected by the attributes below.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int = 4,
+        kv_bytes_per_token: int = 64,
+        max_position_embeddings: int = 4096,
+        step_seconds: float = 0.0,
+    ) -> None:
         self.info = ModelInfo(
             vocab_size=VOCAB_SIZE,
             hidden_size=4,
-            max_position_embeddings=1000,
-            num_embedding_rows=2,
+            max_position_embeddings=max_position_embeddings,
+            num_embedding_rows=1,
             block_size=block_size,
-            kv_bytes_per_token=8,
+            kv_bytes_per_token=kv_bytes_per_token,
             device=torch.device("cpu"),
-            dtype=torch.float64,
+            dtype=torch.float32,
         )
-        self.num_forward_tokens = 0
-        self.encoded = []
-        self.fail_forward = self.fail_encode = self.nan_rows = False
+        self.step_seconds = step_seconds
+        self.fail_next_forward: Exception | None = None
+        """Raised by the next forward pass, after half of its slots were overwritten with rubbish."""
+        self.poison: set[int] = set()
+        """Token ids whose K and V are not numbers: whoever sees one gets NaN logits."""
+        self.fail_on_patches: bytes | None = None
+        """Encoding a row that begins with these bytes raises."""
+        self.num_rows_too_few = 0
+        """Embedding rows the encoder leaves out of each segment."""
+        self.num_encoded_segments = 0
+        self.forwards: list[list[int]] = []
+        """Row counts of every forward pass."""
 
-    def allocate_kv_cache(self, num_blocks):
-        self.slots = [None] * (num_blocks * self.info.block_size)
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Pages full of rubbish, as real ones are."""
+        self.pages = np.random.default_rng(1).integers(0, 2**63, (2, num_blocks, self.info.block_size), np.uint64)
+        self.poisoned = np.zeros((num_blocks, self.info.block_size), bool)
 
-    def encode(self, items):
-        if self.fail_encode:
-            raise RuntimeError("the encoder broke")
-        return [self._encode_item(item) for item in items]
+    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """Rows that say what bytes they were made of, and where in its segment each stands."""
+        return [self._encode(item) for item in items]
 
-    def _encode_item(self, item):
-        assert item.grid_thw[0] * item.grid_thw[1] * item.grid_thw[2] == len(item.patches)
-        rows = len(item.patches) // item.num_segments
-        segments = []
-        for i in range(item.num_segments):
-            patches = item.patches[i * rows : (i + 1) * rows].numpy()
-            self.encoded.append(hashlib.sha256(patches.tobytes()).hexdigest())
-            number = int.from_bytes(
-                hashlib.sha256(patches.tobytes() + item.modality.value.encode()).digest()[:6], "big"
-            )
-            tokens = rows // 4
-            segment = torch.zeros(tokens, 2, 4, dtype=torch.float64)
-            segment[:, 0, 0] = number
-            segment[:, 0, 1] = torch.arange(tokens)
-            segment[:, 1, 0] = number + 1
-            segments.append(segment)
-        return segments
-
-    def forward(self, batch):
-        if self.fail_forward:
-            raise RuntimeError("the model broke")
-        identities = self._identities(batch)
-        self.num_forward_tokens += batch.num_tokens
-        for slot, identity in zip(batch.slot_mapping.tolist(), identities, strict=True):
-            self.slots[slot] = identity
-        states = []
-        for s, (start, end) in enumerate(
-            zip(batch.cu_seqlens_q[:-1].tolist(), batch.cu_seqlens_q[1:].tolist(), strict=True)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """See the module's text."""
+        self.forwards.append(list(batch.query_lens))
+        slots = batch.slot_mapping.numpy()
+        check_batch(batch, self.info.block_size)
+        layer0, layer1 = self.pages.reshape(2, -1)
+        if self.fail_next_forward is not None:
+            error, self.fail_next_forward = self.fail_next_forward, None
+            self.pages.reshape(2, -1)[:, slots[::2]] = 13
+            raise error
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        layer0[slots] = _contents(batch)
+        self.poisoned.reshape(-1)[slots] = np.isin(batch.token_ids.numpy(), list(self.poison))
+        rows = np.zeros(batch.num_tokens, np.uint64)
+        spoiled = np.zeros(batch.num_tokens, bool)
+        row = 0
+        for table, count, length in zip(
+            batch.block_tables.numpy(), batch.query_lens, batch.context_lens_list, strict=True
         ):
-            assert batch.query_lens[s] == end - start
-            assert batch.context_lens_list[s] == batch.context_lens[s]
-            for row in range(start, end):
-                visible = int(batch.context_lens[s]) - (end - 1 - row)
-                states.append(self._state(batch.block_tables[s].tolist(), visible))
-        logits = torch.stack(
-            [_logits(states[row]) for row in batch.logits_indices.tolist()] or [torch.zeros(VOCAB_SIZE)]
-        )
-        if self.nan_rows and len(logits) > 1:
-            logits[0] = float("nan")
-        return logits[: len(batch.logits_indices)]
+            blocks = table[: -(-length // self.info.block_size)]
+            mine = slice(row, row + count)
+            seen = _visible(self.pages[0, blocks].reshape(-1)[:length])
+            layer1[slots[mine]] = seen[length - count :]
+            rows[mine] = _visible(self.pages[1, blocks].reshape(-1)[:length])[length - count :]
+            spoiled[mine] = np.logical_or.accumulate(self.poisoned[blocks].reshape(-1)[:length])[length - count :]
+            row += count
+        wanted = batch.logits_indices.numpy()
+        logits = np.array([_logits(seed) for seed in rows[wanted]], np.float32).reshape(-1, VOCAB_SIZE)
+        logits[spoiled[wanted]] = np.nan
+        return torch.from_numpy(logits)
 
-    def _identities(self, batch):
-        identities = [
-            (int(token), *position) for token, position in zip(batch.token_ids, batch.positions.T.tolist(), strict=True)
-        ]
-        for placement in batch.placements:
-            for i, row in enumerate(placement.embeddings):
-                at = placement.start + i
-                assert int(batch.token_ids[at]) == PAD
-                identities[at] = (int(row[0, 0]), int(row[0, 1]), int(row[1, 0]), *identities[at][1:])
-        media = {p.start + i for p in batch.placements for i in range(len(p.embeddings))}
-        assert all(int(token) != PAD or i in media for i, token in enumerate(batch.token_ids)), (
-            "a placeholder has no media"
-        )
-        return identities
-
-    def _state(self, table, num_tokens):
-        size, state = self.info.block_size, 7
-        for i in range(num_tokens):
-            identity = self.slots[table[i // size] * size + i % size]
-            assert identity is not None, "a slot is read that was never written"
-            state = (
-                state * 1_000_003 + hash(identity)
-            ) % _PRIME  # hashes of integer tuples are the same in every process
-        return state
+    def _encode(self, item: EncoderInput) -> list[torch.Tensor]:
+        patches = item.patches.numpy()
+        assert len(patches) == item.grid_thw[0] * item.grid_thw[1] * item.grid_thw[2]
+        segments = np.split(patches, item.num_segments)
+        if self.fail_on_patches is not None and any(bytes(s[0]).startswith(self.fail_on_patches) for s in segments):
+            raise RuntimeError("these pixels cannot be encoded")
+        self.num_encoded_segments += item.num_segments
+        return [torch.from_numpy(_embeddings(segment))[self.num_rows_too_few :] for segment in segments]
 
 
-def _logits(state):
-    rng = np.random.default_rng(state)
-    logits = rng.normal(size=VOCAB_SIZE).astype(np.float32)
-    logits[PAD] = -1e9  # never generated: it stands for media
-    return torch.from_numpy(logits)
+def _embeddings(segment: np.ndarray) -> np.ndarray:
+    """float32 (num_rows, 1, 4): four 16-bit pieces of a hash of each row's bytes and place."""
+    digests = [hashlib.sha256(bytes(patch) + bytes([index])).digest()[:8] for index, patch in enumerate(segment)]
+    return np.stack([np.frombuffer(digest, np.uint16) for digest in digests]).astype(np.float32)[:, None, :]
 
 
-def make_fake_model(config):
-    """For ``EngineClient.start(config, model_factory="tests.fakes:make_fake_model")``."""
-    if config.model == "broken":
-        raise RuntimeError("no such fake")
-    return FakeModel()
+def check_batch(batch: Batch, block_size: int) -> None:
+    """Raise AssertionError unless the parts of a batch agree with each other."""
+    counts, lengths = batch.query_lens, batch.context_lens_list
+    assert batch.context_lens.tolist() == lengths
+    assert batch.cu_seqlens_q.tolist() == [0, *np.cumsum(counts).tolist()]
+    assert batch.positions.shape == (3, batch.num_tokens)
+    assert sum(counts) == batch.num_tokens
+    slots = batch.slot_mapping.tolist()
+    assert len(set(slots)) == len(slots), "two tokens of a step share a slot"
+    tables = [
+        table[: -(-length // block_size)] for table, length in zip(batch.block_tables.tolist(), lengths, strict=True)
+    ]
+    row = 0
+    for index, (table, count, length) in enumerate(zip(tables, counts, lengths, strict=True)):
+        places = range(length - count, length)
+        assert slots[row : row + count] == [table[i // block_size] * block_size + i % block_size for i in places]
+        written = {slot // block_size for slot in slots[row : row + count]}
+        for other, blocks in enumerate(tables):
+            assert other == index or not written & set(blocks), "a block is written that another request reads"
+        row += count
 
 
-def feature(seed, segments, height=2, width=4, modality=Modality.VIDEO, media_hash=None):
-    """Media of ``len(segments)`` pieces, each of height * width tokens, with pixels that only ``seed`` decides."""
-    frames = len(segments)
-    patches = SharedTensor.create((frames * height * 2 * width * 2, 12))
-    patches.array[:] = np.random.default_rng(seed).integers(0, 256, patches.shape)
-    grid = (frames, height * 2, width * 2)
-    return MediaFeature(modality, patches, grid, NORMALIZATION, media_hash or f"media-{seed}", tuple(segments))
+def _contents(batch: Batch) -> np.ndarray:
+    """uint64 (N,): what each token is (text or media row) and where it stands."""
+    what = batch.token_ids.numpy().astype(np.uint64)
+    for placed in batch.placements:
+        words = placed.embeddings[:, 0].numpy().astype(np.uint64)
+        identity = np.zeros(len(words), np.uint64)
+        for column in range(words.shape[1]):
+            identity = (identity << np.uint64(16)) | words[:, column]
+        what[placed.start : placed.start + len(words)] = _mix(identity)
+    for axis in batch.positions.numpy().astype(np.uint64):
+        what = _mix(what ^ _mix(axis))
+    return what
 
 
-def prompt(*parts, height=2, width=4):
-    """A prompt of text (lists of ids) and media (``(seed, num_segments)``), each segment between two text tokens."""
-    token_ids, features = [], []
-    for part in parts:
-        if isinstance(part, list):
-            token_ids += part
-            continue
-        seed, num_segments = part
-        ranges = []
-        for _ in range(num_segments):
-            token_ids.append(90)
-            ranges.append(PlaceholderRange(len(token_ids), height * width))
-            token_ids += [PAD] * (height * width)
-            token_ids.append(91)
-        features.append(feature(seed, ranges, height, width))
-    positions = np.tile(np.arange(len(token_ids), dtype=np.int32), (3, 1))
-    positions[1] += 3  # unequal axes, so that a mixed-up one shows
-    positions[2] += 5
-    return ProcessedPrompt(token_ids, tuple(features), positions, -2)
+def _visible(values: np.ndarray) -> np.ndarray:
+    """uint64 (n,): for each place a hash of all values up to it, order included."""
+    places = np.arange(len(values), dtype=np.uint64)
+    return _mix(np.cumsum(_mix(values ^ _mix(places)), dtype=np.uint64))
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A permutation of 64-bit numbers that scatters (the finaliser of SplitMix64, Steele et al. 2014)."""
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _logits(seed: np.uint64) -> np.ndarray:
+    logits = np.random.default_rng(int(seed)).standard_normal(VOCAB_SIZE) * 2
+    logits[PLACEHOLDER_ID] = -np.inf
+    return logits
+
+
+def make_fake_model(config: EngineConfig) -> FakeModel:
+    """For ``EngineClient.start(..., model_factory="tests.fakes:make_fake_model")``; the model's name says what it does.
+
+    ``fake`` or ``fake:SECONDS`` (of each step), ``broken`` (cannot be loaded), ``crash`` (any exception) or
+    ``slow:SECONDS`` (to load).
+    """
+    name, _, seconds = config.model.partition(":")
+    if name == "broken":
+        raise ModelLoadError("this checkpoint is broken", param="model")
+    if name == "crash":
+        raise RuntimeError("loading went wrong")
+    if name == "slow":
+        time.sleep(float(seconds))
+    return FakeModel(step_seconds=float(seconds) if name == "fake" and seconds else 0.0)
+
+
+def feature(
+    offset: int, *, num_segments: int = 3, length: int = 3, gap: int = 1, content: int = 0, modality: str = "video"
+) -> MediaFeature:
+    """A media item with ``num_segments`` segments of ``length`` tokens, ``gap`` text tokens apart, from ``offset`` on."""
+    patches = SharedTensor.create((num_segments * length, PATCH_BYTES))
+    patches.array[:] = np.random.default_rng(content).integers(0, 256, patches.shape, np.uint8)
+    patches.array[:, 0] = content
+    segments = tuple(PlaceholderRange(offset + i * (length + gap), length) for i in range(num_segments))
+    media_hash = f"content-{content}-{num_segments}-{length}"
+    return MediaFeature(Modality(modality), patches, (num_segments, 1, length), NORMALIZATION, media_hash, segments)
+
+
+def prompt(num_tokens: int, *features: MediaFeature, seed: int = 0, mrope: bool = True) -> ProcessedPrompt:
+    """``num_tokens`` random text tokens (the same beginning for the same seed) with media put over them."""
+    token_ids = np.random.default_rng(seed).integers(0, PLACEHOLDER_ID, max(num_tokens, 4096))[:num_tokens].tolist()
+    positions = np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1))
+    num_segments = 0
+    for item in features:
+        for segment in item.segments:
+            token_ids[segment.offset : segment.end] = [PLACEHOLDER_ID] * segment.length
+            positions[1, segment.offset : segment.end] += np.arange(segment.length, dtype=np.int32) // 2
+            positions[2, segment.offset : segment.end] += np.arange(segment.length, dtype=np.int32) % 2
+            positions[:, segment.end :] -= 1  # like M-RoPE, media take less room than they have tokens
+            num_segments += 1
+    if not mrope:
+        return ProcessedPrompt(token_ids, features)
+    return ProcessedPrompt(token_ids, features, positions, position_delta=-num_segments)
