@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -38,8 +39,11 @@ FRAMES_PER_SECOND = 30
 # The pixel budget of a whole video in the published Qwen3-VL checkpoints (``video_preprocessor_config.json``).
 MIN_PIXELS, MAX_PIXELS = 4096, 25165824
 LIMIT_SAMPLE_PACKETS = 1000
-SLOW_SAMPLE_SECONDS = 60.0
+# A peer whose first sample takes longer than the key, in seconds, gets at most so many samples (the first key
+# that fits): decoding ten minutes to get at 32 frames would take most of the run.
+MAX_SAMPLES_WHEN_SLOW = {60.0: 1, 25.0: 2}
 MEBIBYTE = 2**20
+DESCRIPTION = ("shape", "dtype", "grid_thw", "crc32", "versions")
 # Block means of two tools' frames may differ by their colour conversion (1 to 2 levels), not by another frame's content.
 MAX_LEVEL_DIFFERENCE = 4.0
 
@@ -287,7 +291,7 @@ def _filmstrip(case: Case, num_cores: int) -> tuple[Job, dict[str, str]]:
 
 def _opencv(case: Case, num_cores: int) -> tuple[Job, dict[str, str]]:
     """Grab every frame up to the last wanted one, retrieve the wanted ones, BGR to RGB."""
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
     import numpy as np
 
     cv2.setNumThreads(num_cores)
@@ -314,7 +318,7 @@ def _opencv(case: Case, num_cores: int) -> tuple[Job, dict[str, str]]:
 
 def _decord(case: Case, num_cores: int) -> tuple[Job, dict[str, str]]:
     """``VideoReader.get_batch``, threads chosen by decord."""
-    import decord
+    import decord  # pyright: ignore[reportMissingImports]
 
     def read(path: str, indices: list[int], _num_threads: int) -> Any:
         return decord.VideoReader(path).get_batch(indices).asnumpy()
@@ -327,8 +331,8 @@ def _torchcodec(num_ffmpeg_threads: int) -> Callable[[Case, int], tuple[Job, dic
 
     def prepare(case: Case, num_cores: int) -> tuple[Job, dict[str, str]]:
         import torch
-        import torchcodec
-        from torchcodec.decoders import VideoDecoder
+        import torchcodec  # pyright: ignore[reportMissingImports]
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(num_cores)
         versions = {**_versions("torchcodec", "torch"), "ffmpeg_major": str(torchcodec.ffmpeg_major_version)}
@@ -476,13 +480,12 @@ def _without_folders(text: str) -> str:
 
 
 def run_case(case_name: str, case: Case, options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
-    """All rounds of one case, tools interleaved; a tool that fails is not tried again, a very slow one not repeated."""
+    """All rounds of one case, tools interleaved; a tool that fails is not tried again, a slow peer sits out."""
     samples: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
     errors: dict[str, str] = {}
-    notes: dict[str, str] = {}
     for round_number in range(options.rounds):
         for tool in TOOLS:
-            if tool in errors or tool in notes:
+            if tool in errors or len(samples[tool]) >= _max_samples(tool, samples[tool]):
                 continue
             python = options.peers_python if tool in PEERS else sys.executable
             sample = run_measurement(python, tool, case_name, paths, options.cores)
@@ -490,8 +493,6 @@ def run_case(case_name: str, case: Case, options: argparse.Namespace, paths: Seq
                 errors[tool] = sample["error"]
             else:
                 samples[tool].append(sample)
-                if sample["seconds"] > SLOW_SAMPLE_SECONDS and tool in PEERS:
-                    notes[tool] = f"not repeated: a sample took more than {SLOW_SAMPLE_SECONDS:.0f} s"
             shown = sample.get("error") or f"{sample['seconds']:.2f} s"
             print(f"{case_name} round {round_number + 1} {tool}: {shown}", file=sys.stderr)
     return {
@@ -500,34 +501,43 @@ def run_case(case_name: str, case: Case, options: argparse.Namespace, paths: Seq
         "clip_bytes": paths[0].stat().st_size,
         "kind": case.kind,
         "num_frames": case.num_frames,
-        **_summary(samples, errors, notes, options.cores),
+        **_summary(samples, errors, options),
     }
 
 
+def _max_samples(tool: str, samples: Sequence[dict[str, Any]]) -> float:
+    """How often a tool is measured at most, by how long its first sample took."""
+    if tool in PEERS and samples:
+        for seconds, count in MAX_SAMPLES_WHEN_SLOW.items():
+            if samples[0]["seconds"] > seconds:
+                return count
+    return math.inf
+
+
 def _summary(
-    samples: dict[str, list[dict[str, Any]]], errors: dict[str, str], notes: dict[str, str], num_cores: int
+    samples: dict[str, list[dict[str, Any]]], errors: dict[str, str], options: argparse.Namespace
 ) -> dict[str, Any]:
     limits = samples.pop("limit")
     tools: dict[str, Any] = {}
-    reference = samples["filmstrip"][0]["block_means"] if samples["filmstrip"] else []
+    reference = samples["filmstrip"][0] if samples["filmstrip"] else {"block_means": [], "crc32": None}
     for tool, values in samples.items():
         if not values:
             tools[tool] = {"error": errors.get(tool, "not run")}
             continue
         tools[tool] = {
             "rounds": len(values),
-            "median": {key: _median(values, key) for key in values[0] if _is_measure(values[0][key])},
-            **{key: values[0][key] for key in ("shape", "dtype", "versions", "grid_thw") if key in values[0]},
+            "median": {key: _median(values, key) for key in values[0] if key.endswith(("_bytes", "seconds"))},
+            **{key: values[0][key] for key in DESCRIPTION if key in values[0]},
             "same_bytes_every_round": len({value["crc32"] for value in values}) == 1,
-            "max_level_difference": _max_difference(values[0]["block_means"], reference),
-            **({"note": notes[tool]} if tool in notes else {}),
+            "same_bytes_as_filmstrip": values[0]["crc32"] == reference["crc32"],
+            "max_level_difference": _max_difference(values[0]["block_means"], reference["block_means"]),
+            **({"note": "fewer rounds, because it is slow"} if len(values) < options.rounds else {}),
+            "samples": [{key: value[key] for key in value if key.endswith(("_bytes", "seconds"))} for value in values],
         }
-        left_out = ("shape", "dtype", "versions", "grid_thw", "block_means")
-        tools[tool]["samples"] = [{key: value[key] for key in value if key not in left_out} for value in values]
     summary: dict[str, Any] = {"tools": tools, "ratios": _ratios(tools)}
     if limits:
         rate, needed = _median(limits, "packets_per_second"), limits[0]["needed_packets"]
-        seconds = needed / (num_cores * rate)
+        seconds = needed / (options.cores * rate)
         samples_of_limit = [limit["packets_per_second"] for limit in limits]
         summary["raw_limit"] = {
             "needed_packets": needed,
@@ -542,10 +552,6 @@ def _summary(
     elif "limit" in errors:
         summary["raw_limit"] = {"error": errors["limit"]}
     return summary
-
-
-def _is_measure(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and value > 0)
 
 
 def _median(values: Sequence[dict[str, Any]], key: str) -> float:
@@ -644,11 +650,14 @@ def _times(ratio: float | None) -> str:
 
 def _footnote(report: dict[str, Any]) -> str:
     on = report["machine"]
-    parts = [f"{on['cores_used']} of {on['cores']} cores of {on['cpu']}", f"{report['rounds']} rounds"]
+    parts = [
+        f"{on['cores_used']} of {on['cores']} cores of {on['cpu']}",
+        f"median of {report['rounds']} interleaved rounds",
+    ]
     for case in report["cases"].values():
         for tool, value in case["tools"].items():
             if "note" in value:
-                parts.append(f"{tool}, {case['title']}: {value['rounds']} sample, {value['note']}")
+                parts.append(f"{tool}, {case['title']}: {value['note']}: {value['rounds']}")
             if (value.get("max_level_difference") or 0) > MAX_LEVEL_DIFFERENCE:
                 parts.append(
                     f"{tool}, {case['title']}: other frames than ours (up to {value['max_level_difference']} levels)"
