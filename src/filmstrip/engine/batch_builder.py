@@ -18,7 +18,7 @@ def build_batch(
     """Pack the scheduled tokens, and name the requests whose logits the batch asks for, in row order.
 
     A request is sampled when its chunk ends with its last token. Embeddings of all media segments in the chunks must be in
-    ``encoder_cache``.
+    ``encoder_cache``, with as many rows as their ranges have tokens.
     """
     token_ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -32,8 +32,8 @@ def build_batch(
         indices = np.arange(start, end)
         token_ids.append(np.asarray(request.token_ids[start:end], np.int64))
         positions.append(_positions(request, indices))
-        blocks = np.asarray(request.block_table, np.int64)
-        slots.append(blocks[indices // block_size] * block_size + indices % block_size)
+        blocks = np.frombuffer(request.block_table, np.intc)
+        slots.append(blocks[indices // block_size].astype(np.int64) * block_size + indices % block_size)
         placements += _placements(request, start, end, row, encoder_cache)
         row += num_tokens
         if end == len(request.token_ids):
@@ -44,7 +44,7 @@ def build_batch(
     width = max(len(request.block_table) for request in scheduled)
     tables = np.zeros((len(scheduled), width), np.int32)
     for table, request in zip(tables, scheduled, strict=True):
-        table[: len(request.block_table)] = request.block_table
+        table[: len(request.block_table)] = np.frombuffer(request.block_table, np.intc)
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
@@ -81,11 +81,6 @@ def _placements(
     placements = []
     for segment in request.segments_between(start, end):
         first, last = max(segment.range.offset, start), min(segment.range.end, end)
-        embeddings = encoder_cache.get(segment.key)
-        if len(embeddings) != segment.range.length:
-            raise ValueError(
-                f"the encoder gave {len(embeddings)} rows for a media segment of {segment.range.length} tokens"
-            )
-        offset = segment.range.offset
+        embeddings, offset = encoder_cache.get(segment.key), segment.range.offset
         placements.append(EmbeddingPlacement(row + first - start, embeddings[first - offset : last - offset]))
     return placements

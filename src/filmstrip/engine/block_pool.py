@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
@@ -62,18 +63,23 @@ class BlockPool:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
-    def free(self, blocks: list[int]) -> None:
+    def disown(self, blocks: Iterable[int]) -> None:
+        """Let nobody find the content of these blocks any more; whoever holds them goes on holding them."""
+        for block in blocks:
+            self._forget(block)
+
+    def free(self, blocks: Sequence[int]) -> None:
         """Drop one holder of each. The end of a sequence is reused before its beginning, which more prompts share."""
         for block in reversed(blocks):
-            self._num_holders[block] -= 1
-            if self._num_holders[block] < 0:
+            if self._num_holders[block] == 0:
                 raise ValueError(f"block {block} was freed more often than held")
+            self._num_holders[block] -= 1
             if self._num_holders[block] == 0:
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def check_integrity(self, tables: list[list[int]]) -> None:
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless counts, free list and names agree with the requests' block tables (for tests)."""
         holders = [0] * self.num_blocks
         for table in tables:

@@ -4,36 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
 
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.engine.engine import StepOutput
-from filmstrip.errors import ContextLengthError, EngineDeadError, FilmstripError, InvalidRequestError, ModelLoadError
+from filmstrip.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    EngineOverloadedError,
+    FilmstripError,
+    InvalidRequestError,
+    ModelLoadError,
+)
+from filmstrip.models.cpu_features import num_usable_cores
 from filmstrip.types import ProcessedPrompt, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 _ERRORS: dict[str, type[FilmstripError]] = {
-    error.code: error for error in (ContextLengthError, InvalidRequestError, EngineDeadError, FilmstripError)
+    error.code: error
+    for error in (ContextLengthError, InvalidRequestError, EngineDeadError, EngineOverloadedError, FilmstripError)
 }
-_EXIT_TIMEOUT_SECONDS = 10
+_EXIT_TIMEOUT_SECONDS = 10.0
+"""How long :meth:`EngineClient.close` waits before it kills."""
+_EXIT_CODE_TIMEOUT_SECONDS = 0.25
+"""How long a broken connection waits to learn how the process ended."""
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A request under way: what its caller calls it, and its outputs as they come."""
+
+    request_id: str
+    outputs: asyncio.Queue[messages.TokenOutput] = field(default_factory=asyncio.Queue)
 
 
 class EngineClient:
     """One engine process. Make one with :meth:`start`; belongs to the event loop it was made on."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+        """Talk over ``connection`` (not blocking) to ``process``; use :meth:`start`."""
         self.info: messages.Ready
         self._process, self._connection = process, connection
         self._send_lock = asyncio.Lock()
-        self._queues: dict[str, asyncio.Queue[messages.TokenOutput]] = {}
-        self._stats: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+        # On the wire every request has a number of its own: what is late for one can never reach another that has its name.
         self._numbers = itertools.count()
+        self._requests: dict[str, _Pending] = {}
+        self._stats: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._dead: str | None = None
         self._started: asyncio.Future[messages.Ready | messages.LoadFailed] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
@@ -45,8 +75,11 @@ class EngineClient:
         ``model_factory`` ("module:function") makes the model instead of the loader; tests use it.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            process = await asyncio.to_thread(_launch, config, theirs.fileno(), model_factory)
+        try:
+            process = await asyncio.to_thread(_launch, config, theirs, model_factory)
+        except BaseException:
+            ours.close()
+            raise
         ours.setblocking(False)
         client = cls(process, ours)
         try:
@@ -55,6 +88,9 @@ class EngineClient:
             if isinstance(started, messages.LoadFailed):
                 raise ModelLoadError(started.message, param=started.param)
             client.info = started
+        except EngineDeadError as error:
+            await client.close()
+            raise ModelLoadError(f"{error.message} while loading the model", param="model") from error
         except BaseException:
             await client.close()
             raise
@@ -75,34 +111,41 @@ class EngineClient:
     ) -> AsyncGenerator[StepOutput, None]:
         """Outputs of one request as they come; closing or cancelling the iterator aborts it in the engine.
 
-        Raises EngineDeadError if the process ends, and what the engine refuses the request with.
+        ``request_id`` is a name for :meth:`abort` and need not be unique. Raises EngineDeadError if the process ends, and
+        what the engine refuses the request with.
         """
-        if request_id in self._queues:
-            raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
-        outputs: asyncio.Queue[messages.TokenOutput] = asyncio.Queue()
-        self._queues[request_id] = outputs
+        self._check_alive()
+        key = str(next(self._numbers))
+        pending = self._requests[key] = _Pending(request_id)
         finished = False
         try:
-            self._check_alive()
-            message, descriptors = messages.add_request(request_id, prompt, params, stop_token_ids)
-            await self._send(message, descriptors)
+            message, descriptors = messages.add_request(key, prompt, params, stop_token_ids)
+            await self._send(message, descriptors, keep_alive=prompt)
             while not finished:
-                output = await outputs.get()
+                output = await pending.outputs.get()
                 finished = output.finish_reason is not None
                 if output.error is not None:
                     code, text, param = output.error
                     raise _ERRORS.get(code, FilmstripError)(text, param=param)
                 yield StepOutput(
-                    output.request_id,
+                    request_id,
                     output.new_token_ids,
-                    output.finish_reason,  # pyright: ignore[reportArgumentType]
+                    output.finish_reason,
                     output.stop_reason,
                     output.num_cached_tokens,
                 )
         finally:
-            del self._queues[request_id]
-            if not finished:
-                self._abort_soon(request_id)
+            del self._requests[key]
+            if not finished and self._dead is None:
+                # Not awaited: this also runs while the caller is being cancelled.
+                self._enqueue(messages.Abort(key))
+
+    async def abort(self, request_id: str) -> None:
+        """End requests from outside: their iterators end with ``finish_reason`` "abort". Unknown ids are ignored."""
+        for key, pending in list(self._requests.items()):
+            if pending.request_id == request_id:
+                pending.outputs.put_nowait(messages.TokenOutput(key, [], "abort", None, 0))
+                await self._send(messages.Abort(key))
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the engine; raises EngineDeadError."""
@@ -113,14 +156,13 @@ class EngineClient:
             await self._send(messages.GetStats(number))
             return await future
         finally:
-            self._stats.pop(number, None)
+            del self._stats[number]
 
     async def close(self) -> None:
         """End the process; may be called twice. Requests under way raise EngineDeadError."""
         self._die("the engine was closed")
         self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+        await asyncio.gather(self._reader, *self._sending, return_exceptions=True)
         self._connection.close()
         try:
             await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT_SECONDS)
@@ -132,40 +174,56 @@ class EngineClient:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
-    def _abort_soon(self, request_id: str) -> None:
-        """Tell the engine without waiting: this runs while the caller is being cancelled."""
-        if self._dead is None:
-            task = asyncio.get_running_loop().create_task(self._abort(request_id))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    async def _abort(self, request_id: str) -> None:
-        with contextlib.suppress(EngineDeadError):
-            await self._send(messages.Abort(request_id))
-
-    async def _send(self, message: messages.ToEngine, descriptors: list[int] | None = None) -> None:
+    async def _send(
+        self, message: messages.ToEngine, descriptors: list[int] | None = None, keep_alive: object = None
+    ) -> None:
         # Shielded: a caller that is cancelled in the middle of a frame must not leave half of it on the wire.
-        await asyncio.shield(self._send_frame(messages.frame_parts(message, descriptors or [])))
+        await asyncio.shield(self._enqueue(message, descriptors, keep_alive))
 
-    async def _send_frame(self, parts: list[tuple[bytes, list[int]]]) -> None:
+    def _enqueue(
+        self, message: messages.ToEngine, descriptors: list[int] | None = None, keep_alive: object = None
+    ) -> asyncio.Task[None]:
+        """Send in the order of calls; ``keep_alive`` owns the descriptors, which must stay open until they are sent."""
+        frame = asyncio.create_task(self._send_frame(messages.frame_parts(message, descriptors or []), keep_alive))
+        self._sending.add(frame)
+        frame.add_done_callback(self._sent)
+        return frame
+
+    def _sent(self, frame: asyncio.Task[None]) -> None:
+        self._sending.discard(frame)
+        if not frame.cancelled():
+            frame.exception()  # whoever waited for it has it; if nobody does, there is nobody to tell
+
+    async def _send_frame(self, parts: list[tuple[bytes, list[int]]], keep_alive: object) -> None:
         async with self._send_lock:
             self._check_alive()
             try:
                 for data, descriptors in parts:
                     await self._send_part(memoryview(data), descriptors)
             except OSError as error:
+                # The other end is gone; the reader sees it, too, and finds out why.
+                await asyncio.wait([self._reader], timeout=2 * _EXIT_CODE_TIMEOUT_SECONDS)
                 self._die("the engine process ended")
-                raise EngineDeadError("the engine process ended") from error
+                raise EngineDeadError(self._dead or "") from error
+            finally:
+                del keep_alive
 
     async def _send_part(self, data: memoryview, descriptors: list[int]) -> None:
-        while data or descriptors:
+        while data:
             try:
-                sent = (
-                    socket.send_fds(self._connection, [data], descriptors)
-                    if descriptors
-                    else self._connection.send(data)
-                )
+                if descriptors:
+                    sent = socket.send_fds(self._connection, [data], descriptors)
+                else:
+                    sent = self._connection.send(data)
             except BlockingIOError:
                 await self._writable()
+                continue
+            except OSError as error:
+                if not descriptors or error.errno != errno.ETOOMANYREFS:
+                    raise
+                # The kernel bounds descriptors under way. Without them the engine refuses this request, and only this.
+                logger.warning("too many descriptors are under way to the engine; raise the limit on open files")
+                descriptors = []
                 continue
             data, descriptors = data[sent:], []
 
@@ -184,8 +242,11 @@ class EngineClient:
                 num_bytes, _ = messages.HEADER.unpack(await self._receive(messages.HEADER.size))
                 self._handle(messages.decode_to_client(await self._receive(num_bytes)))
         except (OSError, EOFError):
-            await asyncio.sleep(0)
-            self._die("the engine process ended")
+            self._die(await self._how_it_ended())
+        except Exception:
+            logger.exception("the engine sent what cannot be read")
+            self._process.kill()
+            self._die("the engine process sent what cannot be read")
 
     async def _receive(self, num_bytes: int) -> bytes:
         loop = asyncio.get_running_loop()
@@ -200,8 +261,8 @@ class EngineClient:
     def _handle(self, message: messages.ToClient) -> None:
         if isinstance(message, messages.Outputs):
             for output in message.outputs:
-                if output.request_id in self._queues:  # else it was aborted a moment ago
-                    self._queues[output.request_id].put_nowait(output)
+                if output.request_id in self._requests:  # else it was aborted a moment ago
+                    self._requests[output.request_id].outputs.put_nowait(output)
         elif isinstance(message, messages.Stats):
             future = self._stats.get(message.number)
             if future is not None and not future.done():
@@ -209,46 +270,73 @@ class EngineClient:
         elif not self._started.done():
             self._started.set_result(message)
 
+    async def _how_it_ended(self) -> str:
+        """A sentence for people; the exit status is there a moment after the end of the stream."""
+        waited = 0.0
+        while (code := self._process.poll()) is None and waited < _EXIT_CODE_TIMEOUT_SECONDS:
+            await asyncio.sleep(0.01)
+            waited += 0.01
+        if code is None:
+            self._process.kill()  # it can be of no use any more
+            return "the connection to the engine process broke"
+        if code == -signal.SIGKILL:
+            return "the engine process was killed (SIGKILL; the system does that when memory runs out)"
+        if code < 0:
+            return f"the engine process crashed ({_signal_name(-code)})"
+        return f"the engine process ended (exit code {code})"
+
     def _die(self, reason: str) -> None:
         """Fail everything that waits, now."""
         if self._dead is not None:
             return
         self._dead = reason
-        for request_id, outputs in self._queues.items():
-            outputs.put_nowait(
-                messages.TokenOutput(request_id, [], "abort", None, 0, (EngineDeadError.code, reason, None))
-            )
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # wakes whoever waits to write
+        for key, pending in self._requests.items():
+            error = (EngineDeadError.code, reason, None)
+            pending.outputs.put_nowait(messages.TokenOutput(key, [], "abort", None, 0, error))
         for future in self._stats.values():
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
         if not self._started.done():
-            self._started.set_result(
-                messages.LoadFailed(f"{reason} while loading the model (exit code {self._process.poll()})", "model")
-            )
+            self._started.set_result(messages.LoadFailed(f"{reason} while loading the model", "model"))
 
 
-def _launch(config: EngineConfig, descriptor: int, model_factory: str | None) -> subprocess.Popen[bytes]:
-    """Start the engine as a program in a session of its own, out of reach of the terminal's Ctrl-C."""
-    command = [sys.executable, "-m", "filmstrip.engine.process", str(descriptor)]
-    if model_factory:
-        command += ["--model-factory", model_factory]
-    return subprocess.Popen(
-        command,
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        env=_environment(config),
-        start_new_session=True,
-    )
+def _launch(config: EngineConfig, connection: socket.socket, model_factory: str | None) -> subprocess.Popen[bytes]:
+    """Start the engine as a program in a session of its own, out of reach of the terminal's Ctrl-C; closes ``connection``
+    here."""
+    with connection:
+        command = [sys.executable, "-m", "filmstrip.engine.process", str(connection.fileno())]
+        if model_factory:
+            command += ["--model-factory", model_factory]
+        return subprocess.Popen(
+            command,
+            pass_fds=[connection.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=_environment(config),
+            start_new_session=True,
+        )
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """Thread bounds must stand in the environment before the numerical libraries are loaded."""
-    num_threads = str(config.num_threads or _num_cores())
-    bounds = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), num_threads
-    )
-    return os.environ | bounds | {"TOKENIZERS_PARALLELISM": "false"}
+    """Thread bounds must stand in the environment before the numerical libraries are loaded.
+
+    The engine finds modules where this process does, and not in whatever directory it happens to be started from.
+    """
+    environment = dict(os.environ)
+    for name in _THREAD_VARIABLES:
+        if config.num_threads is not None or name not in environment:
+            environment[name] = str(config.num_threads or num_usable_cores())
+    paths = [path or os.getcwd() for path in sys.path if os.pathsep not in path]
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -39,6 +39,7 @@ class EncoderCache:
 
     def put(self, key: SegmentKey, embeddings: torch.Tensor) -> None:
         """Add one encoded segment, dropping old ones that are not pinned."""
+        self.drop(key)
         self._entries[key] = embeddings
         self.num_bytes += _num_bytes(embeddings)
         self._shrink()
@@ -46,6 +47,11 @@ class EncoderCache:
     def get(self, key: SegmentKey) -> torch.Tensor:
         """A pinned segment's embeddings, (num_tokens, num_embedding_rows, hidden_size)."""
         return self._entries[key]
+
+    def drop(self, key: SegmentKey) -> None:
+        """Forget one segment, if it is there."""
+        if key in self._entries:
+            self.num_bytes -= _num_bytes(self._entries.pop(key))
 
     def release(self) -> None:
         """End of the step: nothing is pinned any more, and the budget holds again."""
@@ -56,7 +62,7 @@ class EncoderCache:
         if self.num_bytes <= self.max_bytes:
             return
         for key in [key for key in self._entries if key not in self._pinned]:
-            self.num_bytes -= _num_bytes(self._entries.pop(key))
+            self.drop(key)
             if self.num_bytes <= self.max_bytes:
                 return
 

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
+
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.kv_cache import KVCache
 from filmstrip.engine.model_runner import ModelRunner
@@ -70,7 +72,10 @@ class Engine:
     def add_request(
         self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stop_token_ids: tuple[int, ...] = ()
     ) -> None:
-        """Queue a request; raises InvalidRequestError or ContextLengthError if it can never be answered."""
+        """Queue a request; raises InvalidRequestError or ContextLengthError if it can never be answered.
+
+        ValueError means that the prompt contradicts itself, which is its maker's fault and not the user's.
+        """
         num_tokens = len(prompt.token_ids)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
@@ -90,6 +95,7 @@ class Engine:
                 f"lower max_tokens",
                 param="max_tokens",
             )
+        _check_prompt(prompt, self.model.info.vocab_size)
         self._num_arrived += 1
         request = Request(request_id, prompt, params, frozenset(stop_token_ids), self._num_arrived)
         seed = self.limits.seed + self._num_arrived
@@ -159,6 +165,9 @@ class Engine:
 
     def _extend(self, request: Request, token: int | None) -> StepOutput:
         if token is None:
+            # Whatever is wrong may stand in the caches: let nobody else find it there.
+            self.cache.disown(request)
+            self.runner.drop_media(request)
             return self._fail(request, "the model gave logits that are not numbers")
         request.token_ids.append(token)
         self._sampling[request.request_id].observe(token)
@@ -175,3 +184,26 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.request_id]
         del self._sampling[request.request_id]
+
+
+def _check_prompt(prompt: ProcessedPrompt, vocab_size: int) -> None:
+    """Raise what would otherwise go wrong in a forward pass, where it would fail all requests of the step."""
+    token_ids = np.asarray(prompt.token_ids, np.int64)
+    is_text = np.ones(len(token_ids), bool)
+    end = 0
+    for segment in sorted((s for f in prompt.features for s in f.segments), key=lambda segment: segment.offset):
+        if segment.offset < end or segment.length < 1 or segment.end > len(token_ids):
+            raise ValueError(f"media segment {segment} does not fit a prompt of {len(token_ids)} tokens up to {end}")
+        end = segment.end
+        is_text[segment.offset : end] = False
+    for feature in prompt.features:
+        if not feature.segments or feature.patches.shape[0] % len(feature.segments):
+            raise ValueError(f"{feature.patches.shape[0]} patch rows are not {len(feature.segments)} equal segments")
+    if prompt.positions is not None and prompt.positions.shape != (3, len(token_ids)):
+        raise ValueError(f"positions have shape {prompt.positions.shape}, not (3, {len(token_ids)})")
+    wrong = is_text & ((token_ids < 0) | (token_ids >= vocab_size))
+    if wrong.any():
+        raise InvalidRequestError(
+            f"token id {token_ids[wrong][0]} of the prompt is not in the vocabulary of {vocab_size} tokens",
+            param="messages",
+        )

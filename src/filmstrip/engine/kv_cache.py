@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 
 import numpy as np
 
@@ -49,14 +50,14 @@ class KVCache:
         """Let ``request``, which holds nothing, begin with these cached blocks."""
         for block in blocks:
             self.pool.share(block)
-        request.block_table = list(blocks)
+        request.block_table = array("i", blocks)
         request.num_computed_tokens = len(blocks) * self.block_size
         self.num_queried_tokens += len(request.token_ids)
         self.num_hit_tokens += request.num_computed_tokens
 
     def grow(self, request: Request, num_tokens: int) -> None:
         """Allocate what ``num_tokens`` more tokens need; the caller has checked that it is there."""
-        request.block_table += self.pool.allocate(self.num_new_blocks(request, num_tokens))
+        request.block_table.extend(self.pool.allocate(self.num_new_blocks(request, num_tokens)))
 
     def publish(self, request: Request, num_before: int) -> None:
         """Offer the blocks that became full since ``num_before`` tokens were computed."""
@@ -66,10 +67,14 @@ class KVCache:
         for index in range(num_before // self.block_size, request.num_computed_tokens // self.block_size):
             self.pool.publish(request.block_table[index], request.block_hashes[index])
 
+    def disown(self, request: Request) -> None:
+        """Offer nothing of this request's content any more: some of it is not numbers."""
+        self.pool.disown(request.block_table)
+
     def free(self, request: Request) -> None:
         """Let go of all blocks; nothing of the request is computed any more."""
         self.pool.free(request.block_table)
-        request.block_table = []
+        request.block_table = array("i")
         request.num_computed_tokens = 0
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:

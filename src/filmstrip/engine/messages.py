@@ -17,6 +17,7 @@ import numpy as np
 from filmstrip.config import EngineConfig
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import (
+    FinishReason,
     MediaFeature,
     Modality,
     Normalization,
@@ -96,7 +97,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
 
     request_id: str
     new_token_ids: list[int]
-    finish_reason: str | None
+    finish_reason: FinishReason | None
     stop_reason: int | None
     num_cached_tokens: int
     error: tuple[str, str, str | None] | None = None

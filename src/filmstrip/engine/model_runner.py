@@ -23,15 +23,31 @@ class ModelRunner:
         self.num_encoded_segments = 0
 
     def encode(self, request: Request, num_tokens: int) -> None:
-        """Make sure that the segments in the request's next ``num_tokens`` tokens are encoded, and pin them."""
+        """Make sure that the segments in the request's next ``num_tokens`` tokens are encoded, and pin them.
+
+        Raises ValueError if the encoder's rows do not match a segment's tokens: found here it fails one request, found
+        while the batch is built it would fail all.
+        """
         start = request.num_computed_tokens
-        segments = {segment.key: segment for segment in request.segments_between(start, start + num_tokens)}
+        shown = request.segments_between(start, start + num_tokens)
+        segments = {segment.key: segment for segment in shown}
         missing = [segments[key] for key in self.encoder_cache.pin(segments)]
         for run in _runs(missing):
             encoded = self.model.encode([_encoder_input(run)])[0]
             self.num_encoded_segments += len(run)
             for segment, embeddings in zip(run, encoded, strict=True):
                 self.encoder_cache.put(segment.key, embeddings)
+        for segment in shown:
+            num_rows = len(self.encoder_cache.get(segment.key))
+            if num_rows != segment.range.length:
+                raise ValueError(
+                    f"the encoder gave {num_rows} rows for a media segment of {segment.range.length} tokens"
+                )
+
+    def drop_media(self, request: Request) -> None:
+        """Encode this request's media anew the next time they are shown: some of its content is not numbers."""
+        for segment in request.segments:
+            self.encoder_cache.drop(segment.key)
 
     def forward(self, scheduled: Mapping[Request, int]) -> tuple[torch.Tensor, list[Request]]:
         """Logits (R, vocab_size) and the R requests they belong to."""

@@ -11,6 +11,11 @@ import torch
 
 from filmstrip.types import SamplingParams
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are taken as 0: dividing by them overflows, and the likeliest token is all that is left."""
+_SMALLEST_FACTOR = 1e-30
+"""Repetition penalties below this would be 0 in single precision, and their quotients not numbers."""
+
 
 class SamplingState:
     """What sampling remembers about one request between steps."""
@@ -18,7 +23,7 @@ class SamplingState:
     def __init__(self, params: SamplingParams, prompt_token_ids: list[int], vocab_size: int, seed: int) -> None:
         self.params = params
         self.generator: torch.Generator | None = None
-        if params.temperature > 0:
+        if params.temperature >= GREEDY_BELOW:
             self.generator = torch.Generator().manual_seed((params.seed if params.seed is not None else seed) % 2**63)
         self._output_counts: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
@@ -26,8 +31,13 @@ class SamplingState:
             self._output_counts = torch.zeros(vocab_size)
         if params.repetition_penalty != 1.0:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            # A prompt may carry ids of placeholders beyond the vocabulary; they have no logit to change.
-            self._seen[[token for token in set(prompt_token_ids) if token < vocab_size]] = True
+            # A prompt may carry ids of placeholders outside the vocabulary; they have no logit to change.
+            self._seen[[token for token in set(prompt_token_ids) if 0 <= token < vocab_size]] = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is simply the likeliest."""
+        return self.generator is None and self._seen is None and self._output_counts is None
 
     def observe(self, token: int) -> None:
         """Count a generated token."""
@@ -44,49 +54,58 @@ class SamplingState:
         """
         params = self.params
         if self._seen is not None:
-            factor = params.repetition_penalty
+            factor = max(params.repetition_penalty, _SMALLEST_FACTOR)
             penalised = torch.where(logits > 0, logits / factor, logits * factor)
             logits = torch.where(self._seen.to(logits.device), penalised, logits)
         if self._output_counts is not None:
             counts = self._output_counts.to(logits.device)
             logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-        return logits
+        return logits.clamp(max=torch.finfo(logits.dtype).max)
 
 
 def sample(logits: torch.Tensor, states: list[SamplingState]) -> list[int | None]:
-    """One token per row of fp32 ``logits`` (R, vocab_size); None for a row with NaN or without a finite logit.
+    """One token per row of fp32 ``logits`` (R, vocab_size); None for a row with NaN, +inf or nothing finite.
 
     Greedy rows are taken together; the others one by one, which costs little beside the forward pass that made them.
     """
-    usable = (torch.isfinite(logits).any(-1) & ~torch.isnan(logits).any(-1)).tolist()
-    greedy = logits.argmax(-1).tolist()
+    if not states:
+        return []
+    highest, likeliest = logits.max(-1)
+    usable, likeliest = torch.isfinite(highest).tolist(), likeliest.tolist()
     tokens: list[int | None] = []
     for row, state in enumerate(states):
         if not usable[row]:
             tokens.append(None)
-            continue
-        penalised = state.penalise(logits[row])
-        if state.generator is not None:
-            tokens.append(_draw(penalised, state.params, state.generator))
+        elif state.is_plain:
+            tokens.append(likeliest[row])
+        elif state.generator is None:
+            tokens.append(int(state.penalise(logits[row]).argmax()))
         else:
-            tokens.append(greedy[row] if penalised.data_ptr() == logits[row].data_ptr() else int(penalised.argmax()))
+            tokens.append(_draw(state.penalise(logits[row]), state.params, state.generator))
     return tokens
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Draw from softmax(logits / temperature), cut by min_p, top_k and top_p."""
-    probabilities = torch.softmax((logits / params.temperature).cpu(), -1)
+    logits = logits.cpu()
+    probabilities = torch.softmax((logits - logits.max()) / params.temperature, -1)
     if params.min_p > 0:
         probabilities[probabilities < params.min_p * probabilities.max()] = 0
-    if params.top_k > 0 or params.top_p < 1:
-        count = min(params.top_k, len(probabilities)) if params.top_k > 0 else len(probabilities)
-        values, tokens = torch.sort(probabilities, descending=True, stable=True)
-        values, tokens = values[:count], tokens[:count]
-        if params.top_p < 1:
-            values = values / values.sum()
-            # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet.
-            values[values.cumsum(-1) - values >= params.top_p] = 0
-    else:
-        values, tokens = probabilities, None
-    choice = int(torch.multinomial(values, 1, generator=generator))
-    return choice if tokens is None else int(tokens[choice])
+    if params.top_k <= 0 and params.top_p >= 1:
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+    tokens = _likeliest_first(probabilities, params.top_k)
+    values = probabilities[tokens]
+    if params.top_p < 1:
+        values /= values.sum()
+        # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet.
+        values[values.cumsum(-1) - values >= params.top_p] = 0
+    return int(tokens[torch.multinomial(values, 1, generator=generator)])
+
+
+def _likeliest_first(probabilities: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Ids of the ``top_k`` likeliest tokens (0 or less: of all), equally likely ones by id."""
+    if not 0 < top_k < len(probabilities):
+        return torch.sort(probabilities, descending=True, stable=True).indices
+    # Sorting only what is at least as likely as the k-th is much faster than sorting a whole vocabulary.
+    candidates = torch.nonzero(probabilities >= torch.topk(probabilities, top_k).values[-1]).flatten()
+    return candidates[torch.sort(probabilities[candidates], descending=True, stable=True).indices[:top_k]]

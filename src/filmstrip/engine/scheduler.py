@@ -43,7 +43,7 @@ class Scheduler:
         # One token each for answers that have begun comes before any prompt takes the rest of the budget.
         for request in sorted(self.running, key=lambda request: request.num_uncomputed_tokens > 1):
             if budget > 0 and request in self.running:  # an earlier one may have preempted it
-                budget -= self._schedule_running(request, budget, scheduled)
+                budget = self._schedule_running(request, budget, scheduled)
         # Blocks are short in a step that preempted: whoever was sent to wait must not take them right back.
         admitting = self.num_preemptions == num_preemptions
         while admitting and self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
@@ -57,17 +57,17 @@ class Scheduler:
         return scheduled
 
     def _schedule_running(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
-        """Schedule a running request, preempting younger ones if need be; the tokens it got."""
+        """Schedule a running request, preempting the youngest ones if need be; the budget that is left."""
         num_tokens = self._chunk(request, request.num_computed_tokens, budget)
         while self._cache.num_new_blocks(request, num_tokens) > self._cache.pool.num_free:
             victim = max(self.running, key=lambda candidate: candidate.arrival)
             self._preempt(victim)
-            scheduled.pop(victim, None)
+            budget += scheduled.pop(victim, 0)
             if victim is request:
-                return 0
+                return budget
         self._cache.grow(request, num_tokens)
         scheduled[request] = num_tokens
-        return num_tokens
+        return budget - num_tokens
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
@@ -76,15 +76,20 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit(self, request: Request, budget: int) -> int:
-        """Start a waiting request if its first chunk finds room; the tokens it got, 0 if it must go on waiting."""
+        """Start a waiting request if there is room for it; the tokens it got, 0 if it must go on waiting.
+
+        Room means blocks for all of its tokens, not just for its first chunk, beside what the running requests are still
+        to get: otherwise long prompts would push each other out halfway.
+        """
         prefix = self._cache.find_prefix(request)
         num_prefix_tokens = len(prefix) * self._cache.block_size
-        num_tokens = self._chunk(request, num_prefix_tokens, budget)
-        end = num_prefix_tokens + num_tokens
-        num_new = -(-end // self._cache.block_size) - len(prefix)
+        num_new = -(-len(request.token_ids) // self._cache.block_size) - len(prefix)
+        # Cached blocks that nobody holds are counted as free; taking them up makes them less.
         num_revived = sum(self._cache.pool.is_free(block) for block in prefix)
-        if num_new + num_revived > self._cache.pool.num_free:
+        num_promised = sum(self._cache.num_new_blocks(each, each.num_uncomputed_tokens) for each in self.running)
+        if num_new + num_revived + num_promised > self._cache.pool.num_free:
             return 0
+        num_tokens = self._chunk(request, num_prefix_tokens, budget)
         self._cache.take_prefix(request, prefix)
         if not request.was_scheduled:
             request.was_scheduled, request.num_cached_tokens = True, num_prefix_tokens
