@@ -26,7 +26,13 @@ def text_request(token_ids: Sequence[int], blocks: Sequence[int]) -> PackedReque
     return PackedRequest(list(token_ids), torch.arange(len(token_ids)).expand(3, -1), list(blocks))
 
 
-def pack(chunks: Sequence[tuple[PackedRequest, int, int]], block_size: int, *, all_logits: bool = False) -> Batch:
+def pack(
+    chunks: Sequence[tuple[PackedRequest, int, int]],
+    block_size: int,
+    *,
+    all_logits: bool = False,
+    device: torch.device | str = "cpu",
+) -> Batch:
     """The batch that runs tokens ``start:end`` of each (request, start, end); logits of the last row of each, or of all."""
     token_ids: list[int] = []
     positions, slots, placements, last_rows = [], [], [], []
@@ -49,13 +55,13 @@ def pack(chunks: Sequence[tuple[PackedRequest, int, int]], block_size: int, *, a
         used = -(-end // block_size)
         tables[row, :used] = torch.tensor(request.blocks[:used], dtype=torch.int32)
     return Batch(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.cat(positions, dim=1),
-        slot_mapping=torch.tensor(slots),
-        cu_seqlens_q=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        context_lens=torch.tensor(context_lens, dtype=torch.int32),
-        block_tables=tables,
-        logits_indices=torch.arange(len(token_ids)) if all_logits else torch.tensor(last_rows),
+        token_ids=torch.tensor(token_ids).to(device),
+        positions=torch.cat(positions, dim=1).to(device),
+        slot_mapping=torch.tensor(slots).to(device),
+        cu_seqlens_q=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32).to(device),
+        block_tables=tables.to(device),
+        logits_indices=(torch.arange(len(token_ids)) if all_logits else torch.tensor(last_rows)).to(device),
         query_lens=query_lens,
         context_lens_list=context_lens,
         placements=placements,

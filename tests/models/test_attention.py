@@ -170,7 +170,7 @@ def test_cpu_extreme_scores(dtype):
     assert (output.double() - expected).abs().max() < (1e-3 if dtype == torch.float32 else 5e-2)
 
 
-@pytest.mark.parametrize("lengths", [[(64, 64)], [(100, 300), (1, 50), (70, 70), (63, 200)], [(700, 701)]])
+@pytest.mark.parametrize("lengths", [[(128, 128)], [(150, 300), (1, 50), (130, 130), (127, 200)], [(700, 701)]])
 def test_cpu_long_bf16_chunks_gather_their_pages(monkeypatch, lengths):
     """Where the CPU has bf16 units, long chunks go another way; short ones in the same batch do not."""
     calls = []
@@ -409,11 +409,9 @@ def test_cuda_attention_on_a_gpu(dtype):
             for seed, tensor in enumerate(pages):
                 random = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
                 tensor.copy_(random)
-        batch = pack([(r, n - rows, n) for r, (rows, n) in zip(requests, lengths, strict=True)], backend.block_size)
         target = device if backend is attention else CPU
-        for name, value in vars(batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(batch, name, value.to(target))
+        chunks = [(request, n - rows, n) for request, (rows, n) in zip(requests, lengths, strict=True)]
+        batch = pack(chunks, backend.block_size, device=target)
         tensors = torch.Generator().manual_seed(9)
         query, key, value = (
             torch.randn(batch.num_tokens, heads, 128, generator=tensors).to(target, dtype) for heads in (16, 8, 8)

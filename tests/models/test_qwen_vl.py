@@ -261,10 +261,35 @@ def test_wrong_placements_are_refused(models, first, second, message):
         model.forward(batch)
 
 
-def test_info_describes_the_cache(models):
+def test_info_describes_the_cache(models, qwen3_vl_dir):
     model, reference = models
     text = reference.config.text_config
+    numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     assert model.info.block_size == BLOCK_SIZE
     assert model.info.num_embedding_rows == 4
-    assert model.info.kv_bytes_per_token == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     assert model.info.vocab_size == text.vocab_size
+    # K pages of 8 tokens are padded to vectors of 16.
+    assert model.info.kv_bytes_per_token == numbers_per_token * 4 * 3 // 2
+    suggested = load_model(EngineConfig(model=qwen3_vl_dir, device="cpu", dtype="bfloat16", num_threads=2)).info
+    assert suggested.block_size == 32
+    assert suggested.kv_bytes_per_token == numbers_per_token * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 1.0)])
+def test_logits_on_a_gpu(qwen3_vl_dir, dtype, tolerance):
+    """Two prompts with media, the second in two chunks, in the pages that suit the device."""
+    model = load_model(EngineConfig(model=qwen3_vl_dir, device="cuda", dtype=dtype, num_threads=2))
+    model.allocate_kv_cache(32)
+    reference = AutoModelForImageTextToText.from_pretrained(qwen3_vl_dir, attn_implementation="eager").eval()
+    first, second = (prompts(reference.config)[name] for name in ("video", "image, video, image"))
+    requests = [first.request(model, reference, [3, 1]), second.request(model, reference, [0, 7, 5])]
+    cut, block_size = len(requests[1].token_ids) // 2, model.info.block_size
+    chunks = [(requests[0], 0, len(requests[0].token_ids)), (requests[1], 0, cut)]
+    logits = model.forward(pack(chunks, block_size, all_logits=True, device=model.info.device))
+    rest = model.forward(
+        pack([(requests[1], cut, len(requests[1].token_ids))], block_size, all_logits=True, device=model.info.device)
+    )
+    expected = torch.cat([reference_logits(reference, first), reference_logits(reference, second)])
+    torch.testing.assert_close(torch.cat([logits, rest]).cpu(), expected, atol=tolerance, rtol=0)

@@ -31,7 +31,7 @@ MIN_TOKENS_PER_SPLIT = 256
 WORKS_PER_THREAD = 4
 """Long contexts are split until there are so many work items for each thread, but never below so many tokens."""
 
-MIN_GATHER_ROWS = 64
+MIN_GATHER_ROWS = 128
 """Rows of a chunk from which bf16 attention on bf16 units is faster than reading pages in place, the copy included
 (``benchmarks/attention.py`` measures it)."""
 
@@ -51,6 +51,9 @@ class CpuPagedAttention:
         self.block_size = block_size or DEFAULT_BLOCK_SIZE
         self.key_columns = _whole_vectors(self.block_size)
         self.value_columns = _whole_vectors(shape.head_dim)
+        page_size = shape.head_dim * self.key_columns + self.block_size * self.value_columns
+        layer_bytes = shape.num_kv_heads * page_size * dtype.itemsize
+        self.kv_bytes_per_token = -(-shape.num_layers * layer_bytes // self.block_size)
         self.kernels = compiled_kernels(dtype == torch.bfloat16)
         self.gathers_long_chunks = dtype == torch.bfloat16 and cpu_has_bfloat16_units()
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -88,6 +91,8 @@ class CpuAttentionStep:
         self._block_tables = np.ascontiguousarray(batch.block_tables.numpy(), dtype=np.int32)
         self._store_runs = plan_runs(batch.slot_mapping.numpy(), attention.block_size)
         self._long_chunks = self._plan_long_chunks(batch)
+        longest = max((chunk.length for chunk in self._long_chunks), default=0)
+        self._gathered = torch.empty(2, shape.num_kv_heads * longest * shape.head_dim, dtype=attention.dtype)
         self._works, num_partials = plan_works(
             [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
             np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
@@ -145,9 +150,8 @@ class CpuAttentionStep:
     def _attend_gathered(self, chunk: _LongChunk, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention of one long chunk over a contiguous copy of its request's pages."""
         shape = self._attention.shape
-        keys, values = (
-            torch.empty(shape.num_kv_heads, chunk.length, shape.head_dim, dtype=self._attention.dtype) for _ in range(2)
-        )
+        size = shape.num_kv_heads * chunk.length * shape.head_dim
+        keys, values = (part[:size].view(shape.num_kv_heads, chunk.length, -1) for part in self._gathered)
         self._set_tokens(keys.transpose(0, 1), values.transpose(0, 1))
         self._run(self._attention.kernels.gather, chunk.runs)
         return attend_dense(query.to(keys.dtype), keys, values, scaling)

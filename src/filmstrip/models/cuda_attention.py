@@ -48,6 +48,7 @@ class CudaPagedAttention:
         self.device = device
         self.varlen = usable_varlen_attention(shape, dtype, device, block_size)
         self.block_size = block_size or (FLASH_BLOCK_MULTIPLE if self.varlen else GATHER_BLOCK_SIZE)
+        self.kv_bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def allocate(self, num_blocks: int) -> None:

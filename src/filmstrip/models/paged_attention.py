@@ -24,10 +24,6 @@ class AttentionShape:
         """Query heads that share one K and V head (grouped-query attention)."""
         return self.num_query_heads // self.num_kv_heads
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of K and V of one token over all layers, stored as ``dtype``."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
-
 
 class AttentionStep(Protocol):
     """One forward pass: what is the same for all layers has been worked out once."""
@@ -49,6 +45,8 @@ class PagedAttention(Protocol):
 
     block_size: int
     """Tokens per page."""
+    kv_bytes_per_token: int
+    """Memory of K and V of one token over all layers, padding of the pages included."""
 
     def allocate(self, num_blocks: int) -> None:
         """Make ``num_blocks`` pages for every layer; pages made before are dropped."""

@@ -21,7 +21,7 @@ from filmstrip.models.devices import make_attention
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 from filmstrip.types import Normalization
 
-MAX_PATCHES_PER_FORWARD = 16384
+MAX_PATCHES_PER_FORWARD = 8192
 """Patches that go through the vision tower at once; more are taken in turns, which bounds its activations (segments do not
 see each other, so the result is the same)."""
 
@@ -59,7 +59,7 @@ class QwenVLModel:
             max_position_embeddings=text_config.max_position_embeddings,
             num_embedding_rows=1 + len(module.config.vision_config.deepstack_visual_indexes),
             block_size=attention.block_size,
-            kv_bytes_per_token=shape.kv_bytes_per_token(checkpoint.dtype),
+            kv_bytes_per_token=attention.kv_bytes_per_token,
             device=checkpoint.device,
             dtype=checkpoint.dtype,
         )
