@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -374,11 +375,7 @@ def _reference_processor(num_cores: int) -> tuple[Callable[[Any], Any], dict[str
     import torch
 
     torch.set_num_threads(num_cores)
-    # torchvision's compiled operators need a matching build; its import needs only that these two are known.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    operators = _torchvision_operators(torch)
     from transformers import Qwen3VLVideoProcessor
 
     processor = Qwen3VLVideoProcessor(
@@ -387,12 +384,29 @@ def _reference_processor(num_cores: int) -> tuple[Callable[[Any], Any], dict[str
         cap_pixels_per_frame=False,
     )
 
-    def process(frames: Any) -> Any:
-        process.library = library  # type: ignore[attr-defined]  # the operators live as long as their library
+    def process(frames: Any, _operators: Any = operators) -> Any:  # they live as long as something holds them
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         return processor(videos=[video], return_tensors="pt")
 
     return process, _versions("transformers", "torchvision")
+
+
+def _torchvision_operators(torch: Any) -> Any:
+    """Make torchvision importable beside a torch build that its compiled operators were not made for.
+
+    Its import needs only that two of them are known, and resizing needs none. Gives what has to be kept alive.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'torchvision'")
+    try:
+        torch.ops.load_library(str(next(Path(spec.origin).parent.glob("_C*.so"))))
+    except (OSError, StopIteration):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
 def _limit(_case: Case, _num_cores: int) -> tuple[Job, dict[str, str]]:
