@@ -1,14 +1,17 @@
 """What goes between the client and the engine process, and how: typed MessagePack frames, pixels as file descriptors.
 
 A frame is its length, the number of descriptors, the descriptors (each group attached to one filler byte) and the message.
-Nothing is pickled: a peer can send wrong values but no code.
+Nothing is pickled: a peer can send wrong values but no code. A descriptor can get lost, when a process has too many files
+open; the frame around it stays readable.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -29,7 +32,6 @@ from filmstrip.types import (
 HEADER = struct.Struct("<IH")
 MAX_DESCRIPTORS_PER_BYTE = 128
 """Descriptors attached to one filler byte; Linux takes up to 253 in one message."""
-MAX_FRAME_BYTES = 1 << 30
 
 
 class Feature(msgspec.Struct):
@@ -148,20 +150,35 @@ def add_request(
 
 
 def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPrompt:
-    """The prompt of a message; takes over the descriptors."""
-    features = tuple(
-        MediaFeature(
-            Modality(feature.modality),
-            SharedTensor(descriptor, feature.shape, "uint8"),
-            feature.grid_thw,
-            Normalization(feature.mean, feature.std),
-            feature.media_hash,
-            tuple(PlaceholderRange(offset, length) for offset, length in feature.segments),
-        )
-        for feature, descriptor in zip(message.features, descriptors, strict=True)
-    )
+    """The prompt of a message. Takes over the descriptors, which are closed if it raises ValueError or OSError."""
+    owned = deque(descriptors)
+    features = []
+    try:
+        if len(owned) != len(message.features):
+            raise ValueError(f"{len(message.features)} media items came with {len(owned)} descriptors")
+        for feature in message.features:
+            patches = SharedTensor(owned.popleft(), feature.shape, "uint8")
+            segments = tuple(PlaceholderRange(offset, length) for offset, length in feature.segments)
+            features.append(
+                MediaFeature(
+                    Modality(feature.modality),
+                    patches,
+                    feature.grid_thw,
+                    Normalization(feature.mean, feature.std),
+                    feature.media_hash,
+                    segments,
+                )
+            )
+    finally:
+        close_all(owned)
     positions = np.frombuffer(message.positions, np.int32).reshape(3, -1) if message.positions else None
-    return ProcessedPrompt(message.token_ids, features, positions, message.position_delta)
+    return ProcessedPrompt(message.token_ids, tuple(features), positions, message.position_delta)
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors that nobody took over."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def frame_parts(message: ToEngine | ToClient, descriptors: list[int]) -> list[tuple[bytes, list[int]]]:
@@ -183,10 +200,14 @@ class FrameReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._descriptors: deque[int] = deque()
+        self._descriptors: list[int] = []
 
-    def read(self) -> tuple[bytes, list[int]] | None:
-        """The next message's bytes and descriptors, None at the end of the stream."""
+    def read(self) -> tuple[bytes, list[int] | None] | None:
+        """The next message's bytes and descriptors, None at the end of the stream.
+
+        None instead of the descriptors if some did not arrive, because this process has no room for them; those that did
+        are closed.
+        """
         header = self._read_exactly(HEADER.size)
         if header is None:
             return None
@@ -195,7 +216,11 @@ class FrameReader:
         payload = self._read_exactly(num_groups + num_bytes)
         if payload is None:
             return None
-        return payload[num_groups:], [self._descriptors.popleft() for _ in range(num_descriptors)]
+        descriptors, self._descriptors = self._descriptors, []
+        if len(descriptors) != num_descriptors:
+            close_all(descriptors)
+            return payload[num_groups:], None
+        return payload[num_groups:], descriptors
 
     def _read_exactly(self, num_bytes: int) -> bytes | None:
         buffer = bytearray()

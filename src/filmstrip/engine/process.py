@@ -1,16 +1,20 @@
 """The engine process: ``python -m filmstrip.engine.process DESCRIPTOR``. Messages in, steps, outputs back; knows no media.
 
 It is started as a program of its own, so a user's script needs no ``__main__`` guard, and it ends when its client does: the
-end of the socket ends the process, whatever it is doing.
+end of the socket ends the process, whatever it is doing. The end of the parent process does, too: copies of it made by
+``fork`` would keep the socket open.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
 import queue
+import resource
+import select
 import signal
 import socket
 import threading
@@ -20,14 +24,17 @@ from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.engine.engine import Engine, StepOutput
 from filmstrip.engine.sizing import decide_limits
-from filmstrip.errors import FilmstripError
+from filmstrip.errors import EngineOverloadedError, FilmstripError
 from filmstrip.models.base import Model
 from filmstrip.models.loader import load_model
 
 logger = logging.getLogger(__name__)
 
-Incoming = queue.SimpleQueue[tuple[messages.ToEngine, list[int]]]
+Incoming = queue.SimpleQueue[tuple[messages.ToEngine, list[int] | None]]
 LoadModel = Callable[[EngineConfig], Model]
+
+_PARENT_CHECK_SECONDS = 5.0
+_MAX_OPEN_FILES = 1 << 20
 
 
 def main() -> None:
@@ -39,11 +46,14 @@ def main() -> None:
     # A Ctrl-C in the terminal is the client's to handle: it decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _raise_open_files_limit()
     load = load_model
     if arguments.model_factory:
         module, _, name = arguments.model_factory.partition(":")
         load = getattr(importlib.import_module(module), name)
-    serve(socket.socket(fileno=arguments.descriptor), load)
+    # A client that goes away in the middle of an answer is an end like any other.
+    with contextlib.suppress(ConnectionError):
+        serve(socket.socket(fileno=arguments.descriptor), load)
 
 
 def serve(connection: socket.socket, load: LoadModel) -> None:
@@ -90,22 +100,37 @@ def _run_once(engine: Engine, connection: socket.socket, incoming: Incoming) -> 
             _send(connection, messages.Outputs([_token_output(output) for output in outputs]))
 
 
-def _handle(engine: Engine, connection: socket.socket, message: messages.ToEngine, descriptors: list[int]) -> None:
+def _handle(
+    engine: Engine, connection: socket.socket, message: messages.ToEngine, descriptors: list[int] | None
+) -> None:
     if isinstance(message, messages.AddRequest):
         try:
-            prompt = messages.processed_prompt(message, descriptors)
-            engine.add_request(message.request_id, prompt, message.params, message.stop_token_ids)
+            _add(engine, message, descriptors)
         except FilmstripError as error:
-            output = messages.TokenOutput(
-                message.request_id, [], "abort", None, 0, (error.code, error.message, error.param)
-            )
-            _send(connection, messages.Outputs([output]))
+            _refuse(connection, message.request_id, error)
+        except Exception:
+            logger.exception("a request could not be read")
+            _refuse(connection, message.request_id, FilmstripError("the engine could not read the request"))
     elif isinstance(message, messages.Abort):
         engine.abort(message.request_id)
     elif isinstance(message, messages.GetStats):
         _send(connection, messages.Stats(message.number, engine.stats()))
     else:
         raise ValueError(f"unexpected message {type(message).__name__}")
+
+
+def _add(engine: Engine, message: messages.AddRequest, descriptors: list[int] | None) -> None:
+    if descriptors is None:
+        raise EngineOverloadedError(
+            "the engine has too many media items open at once; send fewer, or raise the limit on open files (ulimit -n)"
+        )
+    prompt = messages.processed_prompt(message, descriptors)
+    engine.add_request(message.request_id, prompt, message.params, message.stop_token_ids)
+
+
+def _refuse(connection: socket.socket, request_id: str, error: FilmstripError) -> None:
+    output = messages.TokenOutput(request_id, [], "abort", None, 0, (error.code, error.message, error.param))
+    _send(connection, messages.Outputs([output]))
 
 
 def _token_output(output: StepOutput) -> messages.TokenOutput:
@@ -122,9 +147,9 @@ def _token_output(output: StepOutput) -> messages.TokenOutput:
 
 def _read(connection: socket.socket, incoming: Incoming) -> None:
     """Read frames until the client goes; then the process has no reason to live, even in the middle of a step."""
-    reader = messages.FrameReader(connection)
+    reader, parent = messages.FrameReader(connection), os.getppid()
     try:
-        while (frame := reader.read()) is not None:
+        while _wait_for_data(connection, parent) and (frame := reader.read()) is not None:
             payload, descriptors = frame
             incoming.put((messages.decode_to_engine(payload), descriptors))
     except ConnectionError:
@@ -132,6 +157,24 @@ def _read(connection: socket.socket, incoming: Incoming) -> None:
     except BaseException:
         logger.exception("the engine's connection broke")
     os._exit(0)
+
+
+def _wait_for_data(connection: socket.socket, parent: int) -> bool:
+    """Wait until there is something to read; False if the parent process has ended meanwhile."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    while not poll.poll(_PARENT_CHECK_SECONDS * 1000):
+        if os.getppid() != parent:
+            return False
+    return True
+
+
+def _raise_open_files_limit() -> None:
+    """Every media item of a request that waits or runs is an open file; the usual soft limit of 1024 is soon reached."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    with contextlib.suppress(OSError, ValueError):  # a system may have bounds of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _send(connection: socket.socket, message: messages.ToClient) -> None:
