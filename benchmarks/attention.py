@@ -259,7 +259,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         "Milliseconds of attention per layer in decode steps (16 query heads, 8 K and V heads of 128, "
         f"{decode[0]['num_layers']} layers between their linear layers), medians of {results['repeats']} interleaved "
-        f"rounds; {info['threads']} threads of {info['cpu']}, {read} GB/s read, PyTorch {info['torch']}: `{results['command']}`.",
+        f"rounds; {info['threads']} threads of {info['cpu']}, {read} GB/s read, PyTorch {info['torch']}: "
+        f"`{results['command']}`.",
     ]
     return "\n".join(lines)
 
