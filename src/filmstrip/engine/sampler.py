@@ -97,8 +97,9 @@ def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generat
     values = probabilities[tokens]
     if params.top_p < 1:
         values /= values.sum()
-        # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet.
-        values[values.cumsum(-1) - values >= params.top_p] = 0
+        # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet. The
+        # likeliest always stays, even where top_p is 0 in single precision.
+        values[1:][(values.cumsum(-1) - values)[1:] >= params.top_p] = 0
     return int(tokens[torch.multinomial(values, 1, generator=generator)])
 
 

@@ -65,6 +65,7 @@ class Scheduler:
             budget += scheduled.pop(victim, 0)
             if victim is request:
                 return budget
+            num_tokens = self._chunk(request, request.num_computed_tokens, budget)
         self._cache.grow(request, num_tokens)
         scheduled[request] = num_tokens
         return budget - num_tokens
