@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import psutil
-import torch
-
 from filmstrip.config import EngineConfig
 from filmstrip.engine.engine import EngineLimits
+from filmstrip.engine.memory import free_device_bytes, free_host_bytes
 from filmstrip.errors import ModelLoadError
 from filmstrip.models.base import ModelInfo
 
@@ -19,25 +17,26 @@ KV_CACHE_SHARE = 0.4
 """Share of a host's free memory for keys and values if no size is given."""
 ENCODER_CACHE_SHARE = 0.05
 """Share of free memory for encoded media if no size is given."""
+_MAX_KEPT_ROUNDS = 4
+"""If no size is given: so often all requests of a step may lie in the cache at full length. One round computes, the others
+are prefixes kept for later questions; a small model would otherwise take memory that it can hardly fill."""
+_ACTIVATIONS_PER_TOKEN = 64
+_PATCHES_AT_ONCE = 16384
+_VISION_VALUES_PER_PATCH = 32768
+_LOGITS_COPIES = 4
 
 
 def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
     """Sizes to run with; raises ModelLoadError, naming the option, if they cannot work."""
+    _check(config, info)
     free = _free_bytes(config, info)
-    encoder_bytes = int(
-        ENCODER_CACHE_SHARE * free if config.encoder_cache_gb is None else config.encoder_cache_gb * GIB
-    )
-    if config.kv_cache_gb is not None:
-        kv_bytes = int(config.kv_cache_gb * GIB)
-    elif info.device.type == "cuda":
-        kv_bytes = free - encoder_bytes
-    else:
-        kv_bytes = int(KV_CACHE_SHARE * free)
-    block_bytes = info.kv_bytes_per_token * info.block_size
+    encoder_bytes = _bytes_of(config.encoder_cache_gb, ENCODER_CACHE_SHARE * free)
+    kv_share = free - encoder_bytes if info.device.type == "cuda" else KV_CACHE_SHARE * free
+    kv_bytes = _bytes_of(config.kv_cache_gb, kv_share)
     wanted_len = config.max_model_len or info.max_position_embeddings
-    # More blocks than all sequences of a step can fill would never be used.
-    most_blocks = config.max_num_seqs * -(-wanted_len // info.block_size)
-    num_blocks = min(kv_bytes // block_bytes, most_blocks)
+    num_blocks = kv_bytes // (info.kv_bytes_per_token * info.block_size)
+    if config.kv_cache_gb is None:
+        num_blocks = min(num_blocks, _MAX_KEPT_ROUNDS * config.max_num_seqs * -(-wanted_len // info.block_size))
     capacity = num_blocks * info.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise ModelLoadError(
@@ -47,7 +46,8 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
         )
     if capacity < 2:
         raise ModelLoadError(
-            f"the KV cache of {kv_bytes / GIB:.3f} GiB does not hold one block of {block_bytes} bytes; raise --kv-cache-gb",
+            f"the KV cache of {kv_bytes / GIB:.3f} GiB does not hold one block of {info.block_size} tokens "
+            f"({info.kv_bytes_per_token * info.block_size} bytes): raise --kv-cache-gb",
             param="kv_cache_gb",
         )
     max_model_len = min(wanted_len, capacity)
@@ -70,8 +70,43 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
     )
 
 
+def _check(config: EngineConfig, info: ModelInfo) -> None:
+    """Raise for numbers that mean nothing; options from Python have passed no command line."""
+    for name, low, high in (
+        ("max_model_len", 2, info.max_position_embeddings),
+        ("max_num_seqs", 1, None),
+        ("max_num_batched_tokens", 1, None),
+        ("kv_cache_gb", 0, None),
+        ("encoder_cache_gb", 0, None),
+        ("gpu_memory_utilization", 0, 1),
+    ):
+        value = getattr(config, name)
+        if value is None or (value >= low and (high is None or value <= high)):
+            continue
+        bound = f"at least {low}" if value < low else f"at most {high}"
+        of_model = ", the longest that this model was made for" if name == "max_model_len" and value > low else ""
+        raise ModelLoadError(f"{name} must be {bound}{of_model}, not {value}", param=name)
+
+
+def _bytes_of(gibibytes: float | None, default: float) -> int:
+    return int(default if gibibytes is None else gibibytes * GIB)
+
+
 def _free_bytes(config: EngineConfig, info: ModelInfo) -> int:
-    if info.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(info.device)
-        return max(int(total * config.gpu_memory_utilization) - (total - free), 0)
-    return psutil.virtual_memory().available
+    """What the caches may take. On a GPU nothing swaps, so what a step computes with is set aside first."""
+    if info.device.type != "cuda":
+        return free_host_bytes()
+    free = free_device_bytes(info.device, config.gpu_memory_utilization)
+    return max(free - _activation_bytes(config, info), 0)
+
+
+def _activation_bytes(config: EngineConfig, info: ModelInfo) -> int:
+    """A rough upper bound of what one step computes with, from the shapes of decoders of today.
+
+    A layer's widest moment is its gated MLP (two times about 4 hidden sizes) beside residuals and Q, K and V, with copies in
+    single precision; a vision tower's is its MLP over all patches of a pass.
+    """
+    per_token = _ACTIVATIONS_PER_TOKEN * info.hidden_size * info.dtype.itemsize
+    vision = _PATCHES_AT_ONCE * _VISION_VALUES_PER_PATCH * info.dtype.itemsize
+    logits = _LOGITS_COPIES * config.max_num_seqs * info.vocab_size * 4
+    return config.max_num_batched_tokens * per_token + vision + logits
