@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,14 @@ from PIL import Image
 
 from filmstrip.config import MediaConfig
 from filmstrip.errors import MediaDecodeError
-from filmstrip.media.fetch import Fetcher
+from filmstrip.media.decoders.base import VideoReader
+from filmstrip.media.fetch import Fetcher, is_frames_url
+from filmstrip.media.frames import open_frames
 from filmstrip.media.image import image_from_data, open_image
 from filmstrip.media.sampling import parse_frame_sampling, sample_frame_indices
 from filmstrip.media.source import BytesSource, MediaSource
 from filmstrip.media.video import open_video, read_frames
+from filmstrip.types import FrameTiming
 
 DEFAULT_NUM_FRAMES = 32
 
@@ -29,8 +32,7 @@ def load_image(image: str | bytes | os.PathLike[str], config: MediaConfig | None
     Raises the MediaError family.
     """
     config = config or MediaConfig()
-    with _source(image, config) as source:
-        return open_image(source, config.max_image_pixels)
+    return open_image(_source(image, config), config.max_image_pixels)
 
 
 def load_video(
@@ -50,10 +52,7 @@ def load_video(
     """
     config = config or MediaConfig()
     wanted = parse_frame_sampling({"num_frames": num_frames, "fps": fps, **sampling}, "load_video")
-    with (
-        _source(video, config) as source,
-        contextlib.closing(open_video(source, max_pixels=config.max_image_pixels)) as reader,
-    ):
+    with contextlib.closing(_open_reader(video, config)) as reader:
         metadata = reader.metadata
         indices = sample_frame_indices(metadata, wanted, max_frames=config.max_video_frames)
         frames, delivered = read_frames(reader, indices, config.num_decode_threads or os.cpu_count() or 1)
@@ -102,9 +101,14 @@ def _encode(picture: Image.Image, format: str, quality: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-@contextlib.contextmanager
-def _source(media: str | bytes | os.PathLike[str], config: MediaConfig) -> Iterator[MediaSource]:
-    if isinstance(media, bytes):
-        yield BytesSource(media)
-    else:
-        yield Fetcher(config).fetch_sync(os.fspath(media))
+def _open_reader(video: str | bytes | os.PathLike[str], config: MediaConfig) -> VideoReader:
+    if isinstance(video, str) and is_frames_url(video):
+        frames = Fetcher(config).fetch_frames_sync(video)
+        return open_frames(
+            frames, FrameTiming(), max_pixels=config.max_image_pixels, max_frames=config.max_video_frames
+        )
+    return open_video(_source(video, config), max_pixels=config.max_image_pixels)
+
+
+def _source(media: str | bytes | os.PathLike[str], config: MediaConfig) -> MediaSource:
+    return BytesSource(media) if isinstance(media, bytes) else Fetcher(config).fetch_sync(os.fspath(media))

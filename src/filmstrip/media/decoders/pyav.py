@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import math
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,6 +34,9 @@ from filmstrip.types import VideoMetadata
 # demuxers are not on the list, and whatever a listed one tries to open is refused.
 _FORMATS = "mov,matroska,mpegts,mpeg,mpegvideo,avi,flv,asf,ogg,ivf,mxf,nut,gif,m4v,h264,hevc,av1,obu,rm,wtv,dv,mjpeg"
 _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
+# Decoders known to skip frames nothing refers to without changing any other. Others get every packet: dav1d, for one, takes
+# the setting when it is opened and keeps it.
+_CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mpeg1video"})
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
 _FALLBACK_FPS = 25.0
@@ -203,14 +206,28 @@ class PyAVReader:
         delivery.check()
 
     def _run_job(self, container: Any, stream: Any, job: _Job, delivery: _Delivery) -> None:
+        """Decode one job, by a seek if that lands where it should, else from the file's start."""
+        if self._index.has_all_pts and job.key > 0:
+            packets = self._seek(container, stream, job.key)
+            if packets is not None:
+                self._decode_job(stream, packets, job, delivery)
+                return
+        with self._open() as (fresh, first):
+            _use_threads(first, stream.codec_context.thread_count)
+            numbered = enumerate(packet for packet in _tolerant(fresh.demux(first)) if packet.size)
+            packets = ((coded, packet) for coded, packet in numbered if coded >= job.key)
+            self._decode_job(first, packets, job, delivery)
+
+    def _decode_job(self, stream: Any, packets: Iterator[tuple[int, Any]], job: _Job, delivery: _Delivery) -> None:
         index = self._index
-        wanted = {int(index.display[target]): target for target in job.targets}
+        wanted = {int(index.display[target]) for target in job.targets}
         last = max(wanted)
         collector = _Collector(self, job, delivery)
         counting = not index.has_all_pts
-        for coded, packet in self._packets(container, stream, job.key):
+        skips = not counting and stream.codec_context.name in _CODECS_THAT_SKIP
+        for coded, packet in packets:
             delivery.check()
-            stream.codec_context.skip_frame = "DEFAULT" if counting or coded in wanted else "NONREF"
+            stream.codec_context.skip_frame = "NONREF" if skips and coded not in wanted else "DEFAULT"
             for frame in _decode(stream, packet):
                 collector.add(frame)
             if (coded >= last and not counting) or collector.is_complete:
@@ -219,37 +236,26 @@ class PyAVReader:
             collector.add(frame)
         collector.finish()
 
-    def _packets(self, container: Any, stream: Any, key: int) -> Iterator[tuple[int, Any]]:
-        """Packets from the key frame on, numbered in coded order.
+    def _seek(self, container: Any, stream: Any, key: int) -> Iterator[tuple[int, Any]] | None:
+        """Packets from a key frame on, numbered in coded order; None if no seek lands on it or before it.
 
-        A seek may land late (MPEG-TS): then it is tried again from further back and in the end from the start.
+        A seek goes by the key frame's presentation time; by decoding time it may land one group early. In MPEG-TS it may
+        land late and is tried again from further back.
         """
         time = int(self._index.times[key])
-        for back in (*_SEEK_BACK_SECONDS, math.inf):
-            from_start = key == 0 or back == math.inf
-            target = int(self._index.times.min()) if from_start else time - round(back / self._time_base)
+        for back in _SEEK_BACK_SECONDS:
             try:
-                container.seek(target, stream=stream, backward=True, any_frame=False)
+                container.seek(time - round(back / self._time_base), stream=stream, backward=True, any_frame=False)
             except av.error.FFmpegError:
-                if not from_start:
-                    continue
-                container.seek(0)
-            coded = None
-            for packet in container.demux(stream):
-                if not packet.size:
-                    break
+                continue
+            packets = (packet for packet in _tolerant(container.demux(stream)) if packet.size)
+            for packet in packets:
                 packet_time = _time(packet)
-                if coded is None:
-                    if packet.is_keyframe and packet_time is not None and packet_time > time and not from_start:
-                        break
-                    if packet_time != time or not (packet.is_keyframe or key == 0):
-                        continue
-                    coded = key
-                else:
-                    coded += 1
-                yield coded, packet
-            if coded is not None or from_start:
-                return
+                if packet_time == time and packet.is_keyframe:
+                    return enumerate(itertools.chain([packet], packets), key)
+                if packet.is_keyframe and packet_time is not None and packet_time > time:
+                    break
+        return None
 
     def _stand_in(self, positions: dict[int, list[int]], delivery: _Delivery) -> None:
         """Give positions that got no frame the nearest one that was decoded, before them if there is any."""
