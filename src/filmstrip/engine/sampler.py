@@ -92,21 +92,40 @@ def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generat
     if params.min_p > 0:
         probabilities[probabilities < params.min_p * probabilities.max()] = 0
     if params.top_k <= 0 and params.top_p >= 1:
-        return int(torch.multinomial(probabilities, 1, generator=generator))
-    tokens = _likeliest_first(probabilities, params.top_k)
+        return _pick(probabilities, generator)
+    tokens = _likeliest_first(probabilities, params.top_k, params.top_p)
     values = probabilities[tokens]
     if params.top_p < 1:
-        values /= values.sum()
+        values /= values.sum() if params.top_k > 0 else probabilities.sum()
         # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet. The
         # likeliest always stays, even where top_p is 0 in single precision.
         values[1:][(values.cumsum(-1) - values)[1:] >= params.top_p] = 0
-    return int(tokens[torch.multinomial(values, 1, generator=generator)])
+    return int(tokens[_pick(values, generator)])
 
 
-def _likeliest_first(probabilities: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Ids of the ``top_k`` likeliest tokens (0 or less: of all), equally likely ones by id."""
-    if not 0 < top_k < len(probabilities):
-        return torch.sort(probabilities, descending=True, stable=True).indices
-    # Sorting only what is at least as likely as the k-th is much faster than sorting a whole vocabulary.
-    candidates = torch.nonzero(probabilities >= torch.topk(probabilities, top_k).values[-1]).flatten()
-    return candidates[torch.sort(probabilities[candidates], descending=True, stable=True).indices[:top_k]]
+def _likeliest_first(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Ids of all tokens that ``top_k`` (0 or less: none) and then ``top_p`` can leave, likeliest first, equals by id.
+
+    Sorting only what has a chance is much faster than sorting a whole vocabulary. Tokens less likely than
+    ``(1 - top_p) / vocab_size`` have at most the probability ``1 - top_p`` all together: the others reach ``top_p``.
+    """
+    if 0 < top_k < len(probabilities):
+        lowest = torch.topk(probabilities, top_k).values[-1]
+    elif top_k <= 0 and top_p < 1:
+        lowest = probabilities.sum() * ((1 - top_p) / len(probabilities) / 2)  # half: sums are rounded
+    else:
+        lowest = probabilities.new_zeros(())
+    candidates = torch.nonzero(probabilities >= lowest).flatten()
+    order = torch.sort(probabilities[candidates], descending=True, stable=True).indices
+    return candidates[order[:top_k] if top_k > 0 else order]
+
+
+def _pick(weights: torch.Tensor, generator: torch.Generator) -> int:
+    """An index with a chance in proportion to its weight: where one uniform number falls in the running sum.
+
+    The sum is kept in double precision: over a vocabulary, single precision would lose the small ones.
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    place = torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1]
+    # The first sum beyond the place; rounding may put the place on the very end, where the last token with a chance is.
+    return min(int(torch.searchsorted(sums, place, right=True)), int(torch.searchsorted(sums, sums[-1])))
