@@ -278,7 +278,8 @@ def table(results):
     rows.append(
         f"\nTwo questions about a clip of one's own ({settings['clip']}; {settings['num_frames']} frames, "
         f"{settings['max_tokens']} new tokens), random 0.1B checkpoint in fp32, "
-        f"{machine['cores_used']} cores of {machine['cpu']}; medians of {rounds} interleaved rounds. Filmstrip gave {same} `generate`. `{results['command']}`"
+        f"{machine['cores_used']} cores of {machine['cpu']}; medians of {rounds} interleaved rounds. "
+        f"Filmstrip gave {same} `generate`. `{results['command']}`"
     )
     return "\n".join(rows)
 
