@@ -46,6 +46,23 @@ class KVCache:
             blocks.append(block)
         return blocks
 
+    def num_tokens_to_come(self, request: Request, other: Request) -> int:
+        """Tokens, in whole blocks, that both begin with and that the running ``other`` has still to compute.
+
+        A block's hash covers all before it, so where two prompts part can be found by halving.
+        """
+        if not self._sharing:
+            return 0
+        self._extend_hashes(request, len(request.token_ids) - 1)
+        low, high = 0, min(len(request.block_hashes), len(other.block_hashes))
+        while low < high:
+            middle = (low + high) // 2
+            if request.block_hashes[middle] == other.block_hashes[middle]:
+                low = middle + 1
+            else:
+                high = middle
+        return low * self.block_size - other.num_computed_tokens
+
     def take_prefix(self, request: Request, blocks: list[int]) -> None:
         """Let ``request``, which holds nothing, begin with these cached blocks."""
         for block in blocks:

@@ -11,6 +11,9 @@ from collections import deque
 from filmstrip.engine.kv_cache import KVCache
 from filmstrip.engine.request import Request
 
+MIN_TOKENS_WORTH_WAITING = 256
+"""A prompt waits for another that computes the same beginning if that spares it at least so many tokens."""
+
 
 class Scheduler:
     """First come, first served, with preemption by recompute: when blocks run out, the youngest running request gives its
@@ -45,16 +48,38 @@ class Scheduler:
             if budget > 0 and request in self.running:  # an earlier one may have preempted it
                 budget = self._schedule_running(request, budget, scheduled)
         # Blocks are short in a step that preempted: whoever was sent to wait must not take them right back.
-        admitting = self.num_preemptions == num_preemptions
-        while admitting and self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            num_tokens = self._admit(self.waiting[0], budget)
-            if num_tokens == 0:
-                break
+        if self.num_preemptions == num_preemptions:
+            self._admit_waiting(budget, scheduled)
+        return scheduled
+
+    def _admit_waiting(self, budget: int, scheduled: dict[Request, int]) -> None:
+        """Start waiting requests in order of arrival until the budget, the blocks or the places are used up."""
+        passed: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs > len(passed):
             request = self.waiting.popleft()
+            if self._is_worth_waiting(request):
+                passed.append(request)
+                continue
+            num_tokens = self._admit(request, budget)
+            if num_tokens == 0:
+                passed.append(request)
+                break
             self.running.append(request)
             scheduled[request] = num_tokens
             budget -= num_tokens
-        return scheduled
+        self.waiting.extendleft(reversed(passed))
+
+    def _is_worth_waiting(self, request: Request) -> bool:
+        """Whether a running request is about to compute much of what this one begins with.
+
+        Ten questions about a clip that arrive together compute the clip once: the first does, the others find its blocks.
+        Whoever is waited for advances in every step or stops running, so nobody waits for ever.
+        """
+        return any(
+            self._cache.num_tokens_to_come(request, each) >= MIN_TOKENS_WORTH_WAITING
+            for each in self.running
+            if each.num_uncomputed_tokens >= MIN_TOKENS_WORTH_WAITING
+        )
 
     def _schedule_running(self, request: Request, budget: int, scheduled: dict[Request, int]) -> int:
         """Schedule a running request, preempting the youngest ones if need be; the budget that is left."""
