@@ -60,7 +60,7 @@ class ProcessorConfig:
 class EngineConfig:
     """The engine process.
 
-    ``max_num_batched_tokens`` bounds the tokens of one step; a longer prompt is prefilled in chunks of it.
+    ``max_num_batched_tokens`` bounds the tokens of one step, and so the time that answers under way wait for a new prompt.
     ``kv_cache_gb`` None means 40 % of the memory free after loading (on CUDA ``gpu_memory_utilization`` of the device, less
     what is in use); ``encoder_cache_gb`` None means 5 %.
     """
@@ -76,8 +76,8 @@ class EngineConfig:
     """Longest prompt and answer together, in tokens; the model's own limit if not given."""
     max_num_seqs: int = 16
     """Most requests computed in one step."""
-    max_num_batched_tokens: int = 2048
-    """Most tokens computed in one step; longer prompts are cut into chunks of it."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; longer prompts are cut into chunks of it. 512 on a CPU, 2048 on a GPU if not given."""
     block_size: int | None = None
     """Tokens in a block of the KV cache; what suits the device if not given."""
     kv_cache_gb: float | None = None

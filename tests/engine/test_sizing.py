@@ -35,6 +35,7 @@ def test_defaults_are_the_stated_shares():
     assert limits.num_blocks == 4096
     assert limits.encoder_cache_bytes == GIB // 2
     assert limits.max_model_len == 32768
+    assert limits.max_num_batched_tokens == 512
 
 
 def test_given_sizes_are_used_in_full():
@@ -86,6 +87,7 @@ def test_a_gpu_keeps_room_for_a_step(monkeypatch):
     limits = decide_limits(EngineConfig("m", gpu_memory_utilization=0.9), info)
     used = limits.num_blocks * 1024**2 + limits.encoder_cache_bytes
     assert 14 * GIB < used < 16.6 * GIB
+    assert limits.max_num_batched_tokens == 2048
 
 
 def write_group(folder, limit, current, inactive, names):

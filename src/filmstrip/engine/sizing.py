@@ -17,6 +17,9 @@ KV_CACHE_SHARE = 0.4
 """Share of a host's free memory for keys and values if no size is given."""
 ENCODER_CACHE_SHARE = 0.05
 """Share of free memory for encoded media if no size is given."""
+MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of a step if no number is given. A CPU is fully used by a few hundred: more would only make answers under way wait
+longer for each chunk of a new prompt."""
 _MAX_KEPT_ROUNDS = 4
 """If no size is given: so often all requests of a step may lie in the cache at full length. One round computes, the others
 are prefixes kept for later questions; a small model would otherwise take memory that it can hardly fill."""
@@ -29,7 +32,8 @@ _LOGITS_COPIES = 4
 def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
     """Sizes to run with; raises ModelLoadError, naming the option, if they cannot work."""
     _check(config, info)
-    free = _free_bytes(config, info)
+    max_num_batched_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[info.device.type]
+    free = _free_bytes(config, info, max_num_batched_tokens)
     encoder_bytes = _bytes_of(config.encoder_cache_gb, ENCODER_CACHE_SHARE * free)
     kv_share = free - encoder_bytes if info.device.type == "cuda" else KV_CACHE_SHARE * free
     kv_bytes = _bytes_of(config.kv_cache_gb, kv_share)
@@ -63,7 +67,7 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         encoder_cache_bytes=encoder_bytes,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
@@ -92,15 +96,15 @@ def _bytes_of(gibibytes: float | None, default: float) -> int:
     return int(default if gibibytes is None else gibibytes * GIB)
 
 
-def _free_bytes(config: EngineConfig, info: ModelInfo) -> int:
+def _free_bytes(config: EngineConfig, info: ModelInfo, max_num_batched_tokens: int) -> int:
     """What the caches may take. On a GPU nothing swaps, so what a step computes with is set aside first."""
     if info.device.type != "cuda":
         return free_host_bytes()
     free = free_device_bytes(info.device, config.gpu_memory_utilization)
-    return max(free - _activation_bytes(config, info), 0)
+    return max(free - _activation_bytes(info, max_num_batched_tokens, config.max_num_seqs), 0)
 
 
-def _activation_bytes(config: EngineConfig, info: ModelInfo) -> int:
+def _activation_bytes(info: ModelInfo, max_num_batched_tokens: int, max_num_seqs: int) -> int:
     """A rough upper bound of what one step computes with, from the shapes of decoders of today.
 
     A layer's widest moment is its gated MLP (two times about 4 hidden sizes) beside residuals and Q, K and V, with copies in
@@ -108,5 +112,5 @@ def _activation_bytes(config: EngineConfig, info: ModelInfo) -> int:
     """
     per_token = _ACTIVATIONS_PER_TOKEN * info.hidden_size * info.dtype.itemsize
     vision = _PATCHES_AT_ONCE * _VISION_VALUES_PER_PATCH * info.dtype.itemsize
-    logits = _LOGITS_COPIES * config.max_num_seqs * info.vocab_size * 4
-    return config.max_num_batched_tokens * per_token + vision + logits
+    logits = _LOGITS_COPIES * max_num_seqs * info.vocab_size * 4
+    return max_num_batched_tokens * per_token + vision + logits
