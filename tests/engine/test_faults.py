@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from filmstrip.errors import ContextLengthError, InvalidRequestError
 from filmstrip.types import PlaceholderRange
@@ -151,7 +152,7 @@ def test_media_that_cannot_be_encoded_fail_alone():
     for name, each in {"good": VIDEO, "bad": bad, "text": TEXT}.items():
         engine.add_request(name, each, greedy())
     outputs = {output.request_id: output for output in step(engine)}
-    assert "cannot be encoded" in outputs["bad"].error
+    assert outputs["bad"].error == "the media could not be encoded: RuntimeError; the server's log says more"
     answers = drain(engine)
     assert [*outputs["good"].new_token_ids, *answers["good"]] == alone(VIDEO)
     assert [*outputs["text"].new_token_ids, *answers["text"]] == alone(TEXT)
@@ -234,12 +235,17 @@ def test_stop_tokens_by_id_and_by_model():
     engine = make_engine()
     engine.add_request("eos", TEXT, greedy(), (answer[2],))
     engine.add_request("asked", TEXT, greedy(stop_token_ids=(answer[3],)))
+    engine.add_request("ignored", TEXT, greedy(4, ignore_eos=True), (answer[2],))
     ends = {}
     while engine.has_work:
         for output in step(engine):
             if output.finish_reason:
                 ends[output.request_id] = (output.finish_reason, output.stop_reason, output.new_token_ids)
-    assert ends == {"eos": ("stop", None, [answer[2]]), "asked": ("stop", answer[3], [answer[3]])}
+    assert ends == {
+        "eos": ("stop", None, [answer[2]]),
+        "asked": ("stop", answer[3], [answer[3]]),
+        "ignored": ("length", None, [answer[3]]),
+    }
 
 
 def test_numbers_of_cached_tokens_are_those_of_the_first_scheduling():
@@ -248,3 +254,39 @@ def test_numbers_of_cached_tokens_are_those_of_the_first_scheduling():
     assert [output.num_cached_tokens for _ in range(2) for output in step(engine)] == [0, 0]
     engine.add_request("b", TEXT, greedy(2))
     assert [output.num_cached_tokens for _ in range(2) for output in step(engine)] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("/secret/path 0x7f00"), MemoryError(), torch.OutOfMemoryError("0x7f00")]
+)
+def test_errors_tell_users_nothing_of_the_inside(error):
+    engine = make_engine()
+    engine.add_request("a", TEXT, greedy())
+    fake_of(engine).fail_next_forward = error
+    (output,) = step(engine)
+    assert "secret" not in output.error
+    assert "0x" not in output.error
+    assert ("--max-num-batched-tokens" in output.error) == (
+        not isinstance(error, RuntimeError) or "Memory" in repr(error)
+    )
+
+
+def test_a_broken_device_ends_the_engine():
+    engine = make_engine()
+    engine.add_request("a", TEXT, greedy())
+    fake_of(engine).fail_next_forward = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_logits_that_cannot_be_sampled_fail_their_step_only(monkeypatch):
+    def broken(logits, states):
+        raise RuntimeError("injected")
+
+    engine = make_engine()
+    engine.add_request("a", TEXT, greedy())
+    with monkeypatch.context() as patch:
+        patch.setattr("filmstrip.engine.engine.sample", broken)
+        (output,) = step(engine)
+    assert output.error
+    assert run(engine, {"next": TEXT})["next"] == alone(TEXT)

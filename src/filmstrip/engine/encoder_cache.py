@@ -59,12 +59,11 @@ class EncoderCache:
         self._shrink()
 
     def _shrink(self) -> None:
-        if self.num_bytes <= self.max_bytes:
-            return
-        for key in [key for key in self._entries if key not in self._pinned]:
-            self.drop(key)
-            if self.num_bytes <= self.max_bytes:
+        while self.num_bytes > self.max_bytes:
+            oldest = next((key for key in self._entries if key not in self._pinned), None)
+            if oldest is None:
                 return
+            self.drop(oldest)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

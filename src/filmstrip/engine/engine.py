@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.kv_cache import KVCache
@@ -14,7 +15,7 @@ from filmstrip.engine.model_runner import ModelRunner
 from filmstrip.engine.request import Request
 from filmstrip.engine.sampler import SamplingState, sample
 from filmstrip.engine.scheduler import Scheduler
-from filmstrip.errors import ContextLengthError, InvalidRequestError
+from filmstrip.errors import ContextLengthError, FilmstripError, InvalidRequestError
 from filmstrip.models.base import Model
 from filmstrip.types import FinishReason, ProcessedPrompt, SamplingParams
 
@@ -74,6 +75,7 @@ class Engine:
     ) -> None:
         """Queue a request; raises InvalidRequestError or ContextLengthError if it can never be answered.
 
+        ``stop_token_ids`` are the model's own (end of sequence); ``params.ignore_eos`` makes nothing of them.
         ValueError means that the prompt contradicts itself, which is its maker's fault and not the user's.
         """
         num_tokens = len(prompt.token_ids)
@@ -97,7 +99,8 @@ class Engine:
             )
         _check_prompt(prompt, self.model.info.vocab_size)
         self._num_arrived += 1
-        request = Request(request_id, prompt, params, frozenset(stop_token_ids), self._num_arrived)
+        ends = frozenset() if params.ignore_eos else frozenset(stop_token_ids)
+        request = Request(request_id, prompt, params, ends, self._num_arrived)
         seed = self.limits.seed + self._num_arrived
         self._sampling[request_id] = SamplingState(params, prompt.token_ids, self.model.info.vocab_size, seed)
         self._requests[request_id] = request
@@ -109,7 +112,10 @@ class Engine:
             self._remove(self._requests[request_id])
 
     def step(self) -> list[StepOutput]:
-        """Run one batch; the outputs of requests that got a token or failed."""
+        """Run one batch; the outputs of requests that got a token or failed.
+
+        Raises torch.AcceleratorError if the device is broken beyond this step; the engine is of no use then.
+        """
         scheduled = self.scheduler.schedule()
         try:
             failed = self._encode(scheduled)
@@ -117,16 +123,19 @@ class Engine:
                 return failed
             try:
                 logits, sampled = self.runner.forward(scheduled)
+                tokens = sample(logits, [self._sampling[request.request_id] for request in sampled])
+            except torch.AcceleratorError:
+                raise  # the device answers nothing any more: better no engine than one that fails everything
             except Exception as error:
                 logger.exception("a forward pass failed")
-                return failed + [self._fail(request, f"the model failed: {error}") for request in scheduled]
+                self.runner.recover()
+                return failed + [self._fail(request, f"the model failed: {_cause(error)}") for request in scheduled]
         finally:
             self.runner.encoder_cache.release()
         for request, num_tokens in scheduled.items():
             before = request.num_computed_tokens
             request.num_computed_tokens += num_tokens
             self.cache.publish(request, before)
-        tokens = sample(logits, [self._sampling[request.request_id] for request in sampled])
         return failed + [self._extend(request, token) for request, token in zip(sampled, tokens, strict=True)]
 
     def stats(self) -> dict[str, Any]:
@@ -135,6 +144,7 @@ class Engine:
         return {
             "num_blocks": self.cache.pool.num_blocks,
             "num_allocated_blocks": self.cache.pool.num_allocated,
+            "num_free_blocks": self.cache.pool.num_free,
             "block_size": self.cache.block_size,
             "num_running": len(self.scheduler.running),
             "num_waiting": len(self.scheduler.waiting),
@@ -157,10 +167,13 @@ class Engine:
         for request, num_tokens in list(scheduled.items()):
             try:
                 self.runner.encode(request, num_tokens)
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 logger.exception("encoding media failed")
+                self.runner.recover()
                 del scheduled[request]
-                failed.append(self._fail(request, f"the media could not be encoded: {error}"))
+                failed.append(self._fail(request, f"the media could not be encoded: {_cause(error)}"))
         return failed
 
     def _extend(self, request: Request, token: int | None) -> StepOutput:
@@ -184,6 +197,16 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.request_id]
         del self._sampling[request.request_id]
+
+
+def _cause(error: Exception) -> str:
+    """What to say of an error to whoever sent the request; libraries' own words may name files and addresses."""
+    if isinstance(error, FilmstripError):
+        return error.message
+    words = str(error).lower()  # on a CPU PyTorch has no type of its own for it
+    if isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words:
+        return "out of memory (lower --max-num-batched-tokens, --kv-cache-gb or --encoder-cache-gb)"
+    return f"{type(error).__name__}; the server's log says more"
 
 
 def _check_prompt(prompt: ProcessedPrompt, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from filmstrip.engine.batch_builder import build_batch
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.request import Request, Segment
+from filmstrip.errors import FilmstripError
 from filmstrip.models.base import EncoderInput, Model
 
 MAX_PATCHES_PER_ENCODE = 32768
@@ -25,8 +26,8 @@ class ModelRunner:
     def encode(self, request: Request, num_tokens: int) -> None:
         """Make sure that the segments in the request's next ``num_tokens`` tokens are encoded, and pin them.
 
-        Raises ValueError if the encoder's rows do not match a segment's tokens: found here it fails one request, found
-        while the batch is built it would fail all.
+        Raises FilmstripError if the encoder's rows do not match a segment's tokens: found here it fails one request,
+        found while the batch is built it would fail all.
         """
         start = request.num_computed_tokens
         shown = request.segments_between(start, start + num_tokens)
@@ -40,7 +41,7 @@ class ModelRunner:
         for segment in shown:
             num_rows = len(self.encoder_cache.get(segment.key))
             if num_rows != segment.range.length:
-                raise ValueError(
+                raise FilmstripError(
                     f"the encoder gave {num_rows} rows for a media segment of {segment.range.length} tokens"
                 )
 
@@ -53,6 +54,11 @@ class ModelRunner:
         """Logits (R, vocab_size) and the R requests they belong to."""
         batch, sampled = build_batch(scheduled, self.model.info.block_size, self.encoder_cache, self.model.info.device)
         return self.model.forward(batch), sampled
+
+    def recover(self) -> None:
+        """After a failed pass: give memory that PyTorch holds back to the device, so that the next has all of it."""
+        if self.model.info.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _runs(segments: list[Segment]) -> list[list[Segment]]:

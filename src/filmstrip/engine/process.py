@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -74,6 +75,9 @@ def serve(connection: socket.socket, load: LoadModel) -> None:
         logger.exception("the model could not be loaded")
         _send(connection, messages.LoadFailed(f"{start.config.model!r} could not be loaded: {error}", "model"))
         return
+    # A model is hundreds of thousands of objects that live as long as the process: no collection need look at them.
+    gc.collect()
+    gc.freeze()
     info = model.info
     ready = messages.Ready(
         limits.max_model_len,
