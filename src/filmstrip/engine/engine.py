@@ -204,7 +204,11 @@ def _cause(error: Exception) -> str:
     if isinstance(error, FilmstripError):
         return error.message
     words = str(error).lower()  # on a CPU PyTorch has no type of its own for it
-    if isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words:
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "allocate memory" in words
+        or "out of memory" in words
+    ):
         return "out of memory (lower --max-num-batched-tokens, --kv-cache-gb or --encoder-cache-gb)"
     return f"{type(error).__name__}; the server's log says more"
 
