@@ -4,7 +4,7 @@ import pytest
 
 from filmstrip.types import SamplingParams
 from tests.engine.helpers import alone, drain, fake_of, greedy, make_engine, run, step
-from tests.fakes import feature, prompt
+from tests.fakes import PLACEHOLDER_ID, FakeModel, feature, prompt
 
 PROMPTS = {
     "text": prompt(41, seed=1),
@@ -156,6 +156,29 @@ def test_one_media_item_twice_in_a_prompt():
     engine = make_engine()
     assert run(engine, {"twice": twice})["twice"] == alone(twice)
     assert engine.stats()["encoded_segments"] == 3
+
+
+def test_typed_placeholders_do_not_hide_where_media_begin():
+    """Token ids are equal, blocks too: the user typed one placeholder before the image, or one after it."""
+    image = {"num_segments": 1, "length": 6, "content": 70, "modality": "image"}
+    early, late = (prompt(24, feature(offset, **image), seed=14, mrope=False) for offset in (1, 0))
+    early.token_ids[:7] = late.token_ids[:7] = [PLACEHOLDER_ID] * 7
+    engine = make_engine(model=FakeModel(block_size=8))
+    run(engine, {"early": early})
+    assert run(engine, {"late": late})["late"] == alone(late)
+    assert engine.stats()["prefix_cache_hit_tokens"] == 0
+
+
+def test_penalties_see_prompt_and_answer():
+    """So strong a penalty that nothing comes twice; without it much does."""
+    text = PROMPTS["plain_positions"]
+    plain = run(make_engine(), {"a": text}, greedy(40))["a"]
+    assert len(set(plain)) < 40
+    answer = run(make_engine(), {"a": text}, greedy(40, repetition_penalty=100.0))["a"]
+    assert len(set(answer)) == 40
+    assert not set(answer) & set(text.token_ids)
+    counted = run(make_engine(), {"a": text}, greedy(40, frequency_penalty=2.0, presence_penalty=2.0))["a"]
+    assert len(set(counted)) > len(set(plain))
 
 
 def test_two_identical_prompts_at_once():
