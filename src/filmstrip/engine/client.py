@@ -313,15 +313,16 @@ def _launch(config: EngineConfig, connection: socket.socket, model_factory: str 
             command,
             pass_fds=[connection.fileno()],
             stdin=subprocess.DEVNULL,
-            env=_environment(config),
+            env=environment(config),
             start_new_session=True,
         )
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
-    """Thread bounds must stand in the environment before the numerical libraries are loaded.
+def environment(config: EngineConfig) -> dict[str, str]:
+    """What the engine process starts with.
 
-    The engine finds modules where this process does, and not in whatever directory it happens to be started from.
+    Thread bounds must stand there before the numerical libraries are loaded; ones that the user set hold if the config says
+    nothing. The engine finds modules where this process does, and not in whatever directory it happens to be started from.
     """
     environment = dict(os.environ)
     for name in _THREAD_VARIABLES:

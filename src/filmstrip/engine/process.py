@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Incoming = queue.SimpleQueue[tuple[messages.ToEngine, list[int] | None]]
 LoadModel = Callable[[EngineConfig], Model]
 
-_PARENT_CHECK_SECONDS = 5.0
+_PARENT_CHECK_SECONDS = 1.0
 _MAX_OPEN_FILES = 1 << 20
 
 
