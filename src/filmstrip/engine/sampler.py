@@ -13,6 +13,7 @@ from filmstrip.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are taken as 0: dividing by them overflows, and the likeliest token is all that is left."""
+_PIECE = 128
 _SMALLEST_FACTOR = 1e-30
 """Repetition penalties below this would be 0 in single precision, and their quotients not numbers."""
 
@@ -60,6 +61,8 @@ class SamplingState:
         if self._output_counts is not None:
             counts = self._output_counts.to(logits.device)
             logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+        if self._seen is None and self._output_counts is None:
+            return logits
         return logits.clamp(max=torch.finfo(logits.dtype).max)
 
 
@@ -87,37 +90,46 @@ def sample(logits: torch.Tensor, states: list[SamplingState]) -> list[int | None
 
 def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Draw from softmax(logits / temperature), cut by min_p, top_k and top_p."""
+    tokens = _candidates(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    if tokens is not None:
+        logits = logits[tokens]
     logits = logits.cpu()
     probabilities = torch.softmax((logits - logits.max()) / params.temperature, -1)
     if params.min_p > 0:
         probabilities[probabilities < params.min_p * probabilities.max()] = 0
-    if params.top_k <= 0 and params.top_p >= 1:
-        return _pick(probabilities, generator)
-    tokens = _likeliest_first(probabilities, params.top_k, params.top_p)
-    values = probabilities[tokens]
+    if tokens is None:
+        if params.top_p >= 1:
+            return _pick(probabilities, generator)
+        # Tokens less likely than this have at most the probability 1 - top_p all together: the others reach top_p. Sorting
+        # only those is much faster than sorting a whole vocabulary. (Half of it, because sums are rounded.)
+        lowest = probabilities.sum() * ((1 - params.top_p) / len(probabilities) / 2)
+        tokens = torch.nonzero(probabilities >= lowest).flatten()
+        total, probabilities = probabilities.sum(), probabilities[tokens]
+    else:
+        tokens, total = tokens.cpu(), None
+    # Likeliest first, equals by id.
+    values, order = torch.sort(probabilities, descending=True, stable=True)
+    if params.top_k > 0:
+        values = values[: params.top_k]
     if params.top_p < 1:
-        values /= values.sum() if params.top_k > 0 else probabilities.sum()
+        values = values / (values.sum() if total is None else total)
         # Keep the smallest set that reaches top_p: a token stays if what stands before it does not reach it yet. The
         # likeliest always stays, even where top_p is 0 in single precision.
         values[1:][(values.cumsum(-1) - values)[1:] >= params.top_p] = 0
-    return int(tokens[_pick(values, generator)])
+    return int(tokens[order[_pick(values, generator)]])
 
 
-def _likeliest_first(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Ids of all tokens that ``top_k`` (0 or less: none) and then ``top_p`` can leave, likeliest first, equals by id.
+def _candidates(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids, ascending, of all tokens at least as likely as the ``count``-th likeliest, and perhaps of some more.
 
-    Sorting only what has a chance is much faster than sorting a whole vocabulary. Tokens less likely than
-    ``(1 - top_p) / vocab_size`` have at most the probability ``1 - top_p`` all together: the others reach ``top_p``.
+    The largest values of ``count`` pieces of the row are ``count`` values, so the ``count``-th largest of the row is not
+    less than the smallest of them. That bound costs one pass over a vocabulary; selecting in it costs many times more.
     """
-    if 0 < top_k < len(probabilities):
-        lowest = torch.topk(probabilities, top_k).values[-1]
-    elif top_k <= 0 and top_p < 1:
-        lowest = probabilities.sum() * ((1 - top_p) / len(probabilities) / 2)  # half: sums are rounded
-    else:
-        lowest = probabilities.new_zeros(())
-    candidates = torch.nonzero(probabilities >= lowest).flatten()
-    order = torch.sort(probabilities[candidates], descending=True, stable=True).indices
-    return candidates[order[:top_k] if top_k > 0 else order]
+    whole = len(logits) // _PIECE * _PIECE
+    maxima = torch.cat([logits[:whole].view(-1, _PIECE).amax(-1), logits[whole:]])
+    if len(maxima) < count:
+        maxima = logits
+    return torch.nonzero(logits >= torch.topk(maxima, count).values[-1]).flatten()
 
 
 def _pick(weights: torch.Tensor, generator: torch.Generator) -> int:
