@@ -162,3 +162,19 @@ def test_unfinished_spools_leave_nothing(tmp_path, monkeypatch):
     assert len(os.listdir("/dev/fd")) == descriptors + 1
     del spool
     assert len(os.listdir("/dev/fd")) == descriptors
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 999, 1000, 1001, 2000, 5300])
+def test_large_contents_hash_alike_from_bytes_files_and_streams(tmp_path, monkeypatch, num_bytes):
+    monkeypatch.setattr(source_module, "_HASH_CHUNK_BYTES", 1000)
+    data = bytes(i % 251 for i in range(num_bytes))
+    path = tmp_path / "data"
+    path.write_bytes(data)
+    spool = SpooledBytes(100)
+    for position in range(0, num_bytes, 77):
+        spool.write(data[position : position + 77])
+    pieces = [hashlib.sha256(data[start : start + 1000]).digest() for start in range(0, max(num_bytes, 1), 1000)]
+    expected = pieces[0].hex() if len(pieces) == 1 else hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert BytesSource(data).content_hash == expected
+    assert FileSource(os.open(path, os.O_RDONLY)).content_hash == expected
+    assert spool.finish().content_hash == expected

@@ -9,9 +9,13 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Protocol
 
 _CHUNK_BYTES = 1 << 20
+_HASH_CHUNK_BYTES = 32 << 20
+"""Larger contents are hashed in pieces of this size, several at a time: one core hashes slower than a disk reads."""
+_MAX_HASH_THREADS = 4
 _MAX_REMEMBERED_FILES = 1024
 # A file changed less than this ago may change again without its time stamp showing it (clocks of file systems are coarse).
 _SETTLED_SECONDS = 3.0
@@ -20,7 +24,7 @@ _SETTLED_SECONDS = 3.0
 class MediaSource(Protocol):
     """Encoded bytes that can be read from several threads at once.
 
-    ``content_hash`` is the SHA-256 of the bytes in hex; ``num_bytes`` their count.
+    ``content_hash`` identifies the bytes (see :class:`ContentHash`); ``num_bytes`` is their count.
     """
 
     content_hash: str
@@ -31,14 +35,48 @@ class MediaSource(Protocol):
         ...
 
 
+class ContentHash:
+    """SHA-256 of up to ``32 MiB``; of more, the SHA-256 of the SHA-256 digests of its 32 MiB pieces. In hex."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+        self._piece = hashlib.sha256()
+        self._room = _HASH_CHUNK_BYTES
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
+        view = memoryview(data)
+        while view:
+            if not self._room:
+                self._digests.append(self._piece.digest())
+                self._piece, self._room = hashlib.sha256(), _HASH_CHUNK_BYTES
+            taken, view = view[: self._room], view[self._room :]
+            self._piece.update(taken)
+            self._room -= len(taken)
+
+    def hexdigest(self) -> str:
+        """The hash of what was added."""
+        return _join_digests([*self._digests, self._piece.digest()])
+
+
+def _join_digests(digests: list[bytes]) -> str:
+    return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _hash_of_bytes(data: bytes) -> str:
+    content_hash = ContentHash()
+    content_hash.update(data)
+    return content_hash.hexdigest()
+
+
 class BytesSource:
     """Bytes in memory (a download or a data URL)."""
 
     def __init__(self, data: bytes, content_hash: str | None = None) -> None:
-        """Keep ``data``; ``content_hash`` is its SHA-256 if known already."""
+        """Keep ``data``; ``content_hash`` is its hash if known already."""
         self._data = data
         self.num_bytes = len(data)
-        self.content_hash = content_hash or hashlib.sha256(data).hexdigest()
+        self.content_hash = content_hash or _hash_of_bytes(data)
 
     def open(self) -> BinaryIO:
         """A ``BytesIO`` that shares the bytes."""
@@ -51,7 +89,7 @@ class FileSource:
     def __init__(self, fd: int, content_hash: str | None = None, *, cancel: threading.Event | None = None) -> None:
         """Take over ``fd``, a regular file open for reading.
 
-        ``content_hash`` is the SHA-256 of its bytes if known already; otherwise the file is read now, unless one with the
+        ``content_hash`` is the hash of its bytes if known already; otherwise the file is read now, unless one with the
         same identity (inode, size, times) was read before. Setting ``cancel`` stops that reading with InterruptedError.
         """
         self._fd = fd
@@ -80,7 +118,7 @@ class SpooledBytes:
         self._max_memory_bytes = max_memory_bytes
         self._chunks: list[bytes] = []
         self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+        self._digest = ContentHash()
 
     def write(self, chunk: bytes) -> None:
         """Add ``chunk``; raises OSError where the disk is full."""
@@ -112,8 +150,28 @@ class SpooledBytes:
             view = view[self._file.write(view) :]
 
 
+def _hash_of_file(fd: int, num_bytes: int, cancel: threading.Event | None) -> str:
+    """The :class:`ContentHash` of the first ``num_bytes`` of a file, pieces in parallel."""
+
+    def digest_of(start: int) -> bytes:
+        piece = hashlib.sha256()
+        position, end = start, min(start + _HASH_CHUNK_BYTES, num_bytes)
+        while position < end and (chunk := os.pread(fd, min(_CHUNK_BYTES, end - position), position)):
+            piece.update(chunk)
+            position += len(chunk)
+            if cancel is not None and cancel.is_set():
+                raise InterruptedError("reading the file was cancelled")
+        return piece.digest()
+
+    starts = range(0, max(num_bytes, 1), _HASH_CHUNK_BYTES)
+    if len(starts) == 1:
+        return _join_digests([digest_of(0)])
+    with ThreadPoolExecutor(min(_MAX_HASH_THREADS, len(starts)), thread_name_prefix="filmstrip-hash") as threads:
+        return _join_digests(list(threads.map(digest_of, starts)))
+
+
 class _FileHashes:
-    """SHA-256 of files by identity, so that a clip asked about again is not read from end to end again."""
+    """Hashes of files by identity, so that a clip asked about again is not read from end to end again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -127,13 +185,7 @@ class _FileHashes:
             if known is not None:
                 self._hashes.move_to_end(before)
                 return known
-        digest = hashlib.sha256()
-        with owner.open() as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                if cancel is not None and cancel.is_set():
-                    raise InterruptedError("reading the file was cancelled")
-        content_hash = digest.hexdigest()
+        content_hash = _hash_of_file(fd, owner.num_bytes, cancel)
         changed_seconds = os.fstat(fd).st_ctime
         if _identity(fd) == before and time.time() - changed_seconds > _SETTLED_SECONDS:
             self._remember(before, content_hash)

@@ -44,11 +44,13 @@ _FALLBACK_FPS = 25.0
 
 @dataclass(frozen=True)
 class _Index:
-    """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown."""
+    """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown, in
+    display order, and ``display_times`` its time."""
 
     times: np.ndarray
     is_key: np.ndarray
     display: np.ndarray
+    display_times: np.ndarray
     last_duration: int
     has_all_pts: bool
 
@@ -277,7 +279,7 @@ class PyAVReader:
         """Display index of a decoded frame by its time; None if the scan saw no such frame."""
         if pts is None:
             return None
-        times = self._index.times[self._index.display]
+        times = self._index.display_times
         place = int(np.searchsorted(times, pts))
         return place if place < len(times) and times[place] == pts else None
 
@@ -378,7 +380,8 @@ def _scan(container: Any, stream: Any) -> _Index:
     all_times = np.asarray(times, np.int64)
     coded = np.flatnonzero(np.asarray(shown, bool))
     order = np.argsort(all_times[coded], kind="stable") if has_all_pts else np.arange(len(coded))
-    return _Index(all_times, np.asarray(is_key, bool), coded[order], last_duration, has_all_pts)
+    display = coded[order]
+    return _Index(all_times, np.asarray(is_key, bool), display, all_times[display], last_duration, has_all_pts)
 
 
 def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
@@ -388,7 +391,7 @@ def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
     processors compute that know nothing but the rate.
     """
     tick = float(stream.time_base)
-    times = np.sort(index.times[index.display])
+    times = np.sort(index.display_times)  # without presentation times these are decoding times, still of the right rate
     seconds = (times - times[0]) * tick
     numbers = np.arange(len(seconds))
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
