@@ -225,3 +225,29 @@ def test_a_vocabulary_of_real_size():
     tokens = {sample(logits, [state])[0] for _ in range(100)}
     assert tokens <= set(np.flatnonzero(expected).tolist())
     assert len(tokens) > 3
+
+
+@pytest.mark.parametrize("vocab", [128, 129, 1000])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 60},
+        {"top_k": 900},
+        {"top_p": 0.3},
+        {"top_p": 0.999},
+        {"min_p": 0.2, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_no_shortcut_through_a_large_vocabulary_loses_a_token(vocab, case):
+    """Values repeat, many are -inf: what can be drawn is what the slow definition leaves, to the last id of a tie."""
+    logits = np.round(random_logits(vocab, vocab=vocab))
+    logits[np.random.default_rng(1).random(vocab) < 0.3] = -np.inf
+    expected = distribution(logits, [], [], SamplingParams(**case))
+    found = frequencies(logits, state_of(vocab=vocab, **case, seed=5), 1_500)
+    assert not (found > 0)[expected == 0].any()
+    likely = expected > 0.01
+    assert (found > 0)[likely].all()
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 1_500) + 1e-3)
