@@ -35,7 +35,7 @@ def hashed(monkeypatch):
     class Digest:
         def __init__(self, data=b""):
             self._digest = hashlib.new("sha256", data)
-            self.hexdigest = self._digest.hexdigest
+            self.digest, self.hexdigest = self._digest.digest, self._digest.hexdigest
 
         def update(self, chunk):
             counter.append(len(chunk))
