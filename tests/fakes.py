@@ -183,7 +183,7 @@ def make_fake_model(config: EngineConfig) -> FakeModel:
     """For ``EngineClient.start(..., model_factory="tests.fakes:make_fake_model")``; the model's name says what it does.
 
     ``fake`` or ``fake:SECONDS`` (of each step), ``broken`` (cannot be loaded), ``crash`` (any exception) or
-    ``slow:SECONDS`` (to load).
+    ``slow:SECONDS`` (to load) or ``lost`` (its device breaks in the first pass).
     """
     name, _, seconds = config.model.partition(":")
     if name == "broken":
@@ -192,7 +192,10 @@ def make_fake_model(config: EngineConfig) -> FakeModel:
         raise RuntimeError("loading went wrong")
     if name == "slow":
         time.sleep(float(seconds))
-    return FakeModel(step_seconds=float(seconds) if name == "fake" and seconds else 0.0)
+    model = FakeModel(step_seconds=float(seconds) if name == "fake" and seconds else 0.0)
+    if name == "lost":
+        model.fail_next_forward = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    return model
 
 
 def feature(

@@ -115,6 +115,14 @@ async def test_requests_may_share_a_name_and_are_aborted_by_it(monkeypatch):
         assert (await settled(client))["num_allocated_blocks"] == 0
 
 
+async def test_a_broken_device_ends_the_process(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    async with running("lost") as client:
+        with pytest.raises(EngineDeadError, match="exit code 1"):
+            await asyncio.wait_for(collect(client, "a", prompt(5)), 10)
+        assert not client.is_alive
+
+
 @pytest.fixture
 def sleeper():
     """A process that says nothing."""

@@ -52,9 +52,13 @@ def main() -> None:
     if arguments.model_factory:
         module, _, name = arguments.model_factory.partition(":")
         load = getattr(importlib.import_module(module), name)
-    # A client that goes away in the middle of an answer is an end like any other.
-    with contextlib.suppress(ConnectionError):
+    try:
         serve(socket.socket(fileno=arguments.descriptor), load)
+    except ConnectionError:
+        pass  # a client that goes away in the middle of an answer is an end like any other
+    except Exception:
+        logger.exception("the engine broke")
+        os._exit(1)  # at once: a broken device can keep an orderly end from ever coming, and clients wait
 
 
 def serve(connection: socket.socket, load: LoadModel) -> None:
@@ -160,6 +164,7 @@ def _read(connection: socket.socket, incoming: Incoming) -> None:
         pass
     except BaseException:
         logger.exception("the engine's connection broke")
+        os._exit(1)
     os._exit(0)
 
 
