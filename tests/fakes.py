@@ -182,7 +182,7 @@ def _logits(seed: np.uint64) -> np.ndarray:
 def make_fake_model(config: EngineConfig) -> FakeModel:
     """For ``EngineClient.start(..., model_factory="tests.fakes:make_fake_model")``; the model's name says what it does.
 
-    ``fake`` or ``fake:SECONDS`` (of each step), ``broken`` (cannot be loaded), ``crash`` (any exception) or
+    ``fake`` or ``fake:SECONDS`` (of each step), ``broken`` (cannot be loaded), ``crash`` (any exception),
     ``slow:SECONDS`` (to load) or ``lost`` (its device breaks in the first pass).
     """
     name, _, seconds = config.model.partition(":")
