@@ -43,10 +43,15 @@ class LoopThread:
             tasks.append(self._loop.create_task(work))
             tasks[0].add_done_callback(lambda _: ended.set())
 
-        self._loop.call_soon_threadsafe(begin)
+        def cancel() -> None:
+            if not tasks:  # Ctrl-C came before the loop had heard of the work
+                begin()
+            tasks[0].cancel()
+
         try:
+            self._loop.call_soon_threadsafe(begin)
             ended.wait()
         except KeyboardInterrupt:
-            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            self._loop.call_soon_threadsafe(cancel)
             ended.wait()
         return tasks[0].result()
