@@ -201,6 +201,14 @@ def test_too_long_a_prompt_says_how_many_frames_fit(llm, tmp_path):
         llm.chat(ask(video(clip), "x"), GREEDY, **(options | {"media_io_kwargs": too_many}))
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_absurd_pixel_limits_are_refused_before_anything_is_laid_out(llm, clip, photo, kind):
+    part = video(clip) if kind == "video" else {"type": "image_url", "image_url": str(photo)}
+    with pytest.raises(ContextLengthError, match="the media alone have"):
+        llm.chat(ask(part, "x"), GREEDY, mm_processor_kwargs={kind: {"min_pixels": 10**12}})
+    assert llm.chat(ask("Still there?"), GREEDY).finish_reason == "length"
+
+
 def test_stop_tokens_beyond_the_vocabulary_are_refused(llm):
     with pytest.raises(InvalidRequestError, match="vocabulary") as caught:
         llm.chat(ask("x"), SamplingParams(stop_token_ids=(3, 10**6)))

@@ -123,7 +123,7 @@ class MediaPipeline:
         return PlannedMedia(Modality.VIDEO, plan, _timestamps(metadata, plan.frame_indices))
 
     async def read(self, planned: PlannedItem) -> ProcessedMedia:
-        """Pixels of a planned item; closes it. Requests for the same pixels share one decode."""
+        """Pixels of a planned item, whose open file it takes over. Requests for the same pixels share one decode."""
         if planned.processed is not None:
             return planned.processed
         ready = self._cached(planned.cache_key)
@@ -145,11 +145,14 @@ class MediaPipeline:
                 decode.task.cancel()
 
     def _start_decode(self, planned: PlannedItem) -> _Decode:
-        decode = _Decode(asyncio.create_task(self._decode(planned)))
+        # The open file belongs to the decode from here on: the request that brought it may go while others wait.
+        opened, planned.opened = planned.opened, None
+        assert opened is not None
+        decode = _Decode(asyncio.create_task(self._decode(planned, opened)))
         self._decodes[planned.cache_key] = decode
 
         def ended(_: asyncio.Task[ProcessedMedia]) -> None:  # a callback, because a task may be cancelled unstarted
-            planned.close()
+            opened.close()
             self._forget(planned.cache_key, decode)
 
         decode.task.add_done_callback(ended)
@@ -159,10 +162,9 @@ class MediaPipeline:
         if self._decodes.get(key) is decode:
             del self._decodes[key]
 
-    async def _decode(self, planned: PlannedItem) -> ProcessedMedia:
-        assert planned.opened is not None
+    async def _decode(self, planned: PlannedItem, opened: OpenedMedia) -> ProcessedMedia:
         plan = planned.media.plan
-        patches, frame_indices = await self._loader.read(planned.opened, plan)
+        patches, frame_indices = await self._loader.read(opened, plan)
         media, notes = planned.media, []
         if isinstance(planned.metadata, VideoMetadata):
             media = PlannedMedia(media.modality, plan, _timestamps(planned.metadata, frame_indices))
@@ -182,7 +184,7 @@ class MediaPipeline:
         return processed
 
     def _keep(self, key: str, processed: ProcessedMedia) -> None:
-        if processed.num_bytes > self._max_cache_bytes:
+        if processed.num_bytes > self._max_cache_bytes or key in self._cache:
             return
         self._cache[key] = processed
         self.stats.num_bytes += processed.num_bytes

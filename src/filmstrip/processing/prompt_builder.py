@@ -94,8 +94,7 @@ class PromptBuilder:
             [fetched.count(self.pipeline.plan(item)) for item in items], discard=PlannedItem.close
         )
         try:
-            assembled = await asyncio.to_thread(self._assemble, pieces, [item.media for item in planned])
-            await asyncio.to_thread(self._check_length, pieces, assembled, planned, max_model_len)
+            assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
             decoded = _Counter("decode", sum(len(item.media.plan.frame_indices) for item in planned), report)
             ready = await gather_or_cancel(
                 [decoded.count(self.pipeline.read(item), len(item.media.plan.frame_indices)) for item in planned]
@@ -105,8 +104,9 @@ class PromptBuilder:
                 item.close()
         if any(now.media != before.media for now, before in zip(ready, planned, strict=True)):
             # A damaged clip showed other frames than planned: the prompt must name their times.
-            assembled = await asyncio.to_thread(self._assemble, pieces, [item.media for item in ready])
-            await asyncio.to_thread(self._check_length, pieces, assembled, planned, max_model_len)
+            for item, shown in zip(planned, ready, strict=True):
+                item.media = shown.media
+            assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
         features = tuple(self._feature(item, assembled.segments(i)) for i, item in enumerate(ready))
         records = tuple(
             _record(item, feature, cached=before.processed is not None)
@@ -123,16 +123,21 @@ class PromptBuilder:
     def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:
         return assemble(self._processor.expand(pieces, media), self.tokenizer.encode_text)
 
-    def _check_length(
-        self, pieces: list[str | int], assembled: Assembled, planned: list[PlannedItem], max_model_len: int
-    ) -> None:
-        num_tokens = len(assembled.token_ids)
-        if num_tokens < max_model_len:
-            return
-        media_tokens = sum(placeholder.length for _, placeholder in assembled.placed)
+    def _assemble_checked(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> Assembled:
+        """The prompt's tokens; raises ContextLengthError, at once if the media alone are too many to lay them out."""
+        media_tokens = sum(_num_tokens(item.media) for item in planned)
+        num_tokens = media_tokens
+        if media_tokens < max_model_len:
+            assembled = self._assemble(pieces, [item.media for item in planned])
+            num_tokens = len(assembled.token_ids)
+            if num_tokens < max_model_len:
+                return assembled
         message = (
             f"the prompt has {num_tokens} tokens ({media_tokens} of them media), but prompt and answer together may have "
             f"{max_model_len} (--max-model-len)"
+            if num_tokens > media_tokens
+            else f"the media alone have {media_tokens} tokens, but prompt and answer together may have {max_model_len} "
+            "(--max-model-len)"
         )
         videos = [item for item in planned if isinstance(item.metadata, VideoMetadata)]
         if videos:
@@ -152,6 +157,8 @@ class PromptBuilder:
             item = dataclasses.replace(largest.item, sampling=sampling)
             smaller = self.pipeline.plan_media(item, largest.metadata)
             media = [smaller if other is largest else other.media for other in planned]
+            if sum(map(_num_tokens, media)) >= max_model_len:
+                return False
             return len(self._assemble(pieces, media).token_ids) < max_model_len
 
         low, high = 0, len(largest.media.plan.frame_indices)
@@ -160,7 +167,7 @@ class PromptBuilder:
             low, high = (middle, high) if fits(middle) else (low, middle)
         frames = len(largest.media.plan.frame_indices)
         if low == 0:
-            return f"not even one of the video's {frames} frames fits; lower mm_processor_kwargs.video.max_pixels"
+            return f"not even one of the video's {frames} frames would fit beside the rest"
         how = "send fewer frames" if is_presampled(largest.item) else f"set media_io_kwargs.video.num_frames to {low}"
         return f"{low} of the video's {frames} frames would fit: {how}, or lower mm_processor_kwargs.video.max_pixels"
 
@@ -179,6 +186,11 @@ class _Counter:
         self._done += amount
         self._report(Progress(self._stage, self._done, self._total))
         return result
+
+
+def _num_tokens(media: PlannedMedia) -> int:
+    """Embeddings of an item, from its plan."""
+    return media.plan.patches_shape[0] // media.plan.layout.merge_size**2
 
 
 def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool) -> MediaRecord:
