@@ -6,8 +6,10 @@ the kernel when the last holder drops it, so a crash leaves nothing behind and n
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import resource
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,6 +18,24 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+_MAX_OPEN_FILES = 1 << 20
+_FILES_PER_TENSOR = 2  # our descriptor and the one that Python's mmap duplicates
+
+
+def raise_open_files_limit() -> None:
+    """Allow this process as many open files as the system lets it: every tensor is one, and 1024 are soon reached."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    with contextlib.suppress(OSError, ValueError):  # a system may have bounds of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def max_kept_tensors() -> int:
+    """How many tensors a cache may hold so that at least half of the files this process may open are left."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (_MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft) // (2 * _FILES_PER_TENSOR)
 
 
 class SharedTensor:

@@ -145,6 +145,9 @@ async def test_the_cache_keeps_the_latest_within_its_bytes(pipeline):
     await read(pipeline, item("d"))
     assert pipeline.stats.num_bytes == 3 * one
     assert [(await pipeline.plan(item(name))).processed is not None for name in "abcd"] == [True, False, True, True]
+    pipeline._max_cache_items = 2
+    await read(pipeline, item("e"))
+    assert (pipeline.stats.num_items, pipeline.stats.num_bytes) == (2, 2 * one)
     pipeline._max_cache_bytes = one - 1
     await read(pipeline, item("too large"))
     assert (await pipeline.plan(item("too large"))).processed is None

@@ -16,6 +16,7 @@ from filmstrip.llm import AsyncLLM
 from filmstrip.server.app import create_app
 from filmstrip.server.runner import bind
 from filmstrip.server.runner import run as run_server
+from filmstrip.shared_tensor import raise_open_files_limit
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns 0. Raises UsageError if the address cannot be had, ModelLoadError."""
     config = server_config(arguments)
     _configure_logging(config.log_level)
+    raise_open_files_limit()
     try:
         listener = bind(config)
     except OSError as error:

@@ -8,13 +8,11 @@ end of the socket ends the process, whatever it is doing. The end of the parent 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import logging
 import os
 import queue
-import resource
 import select
 import signal
 import socket
@@ -28,6 +26,7 @@ from filmstrip.engine.sizing import decide_limits
 from filmstrip.errors import EngineOverloadedError, FilmstripError
 from filmstrip.models.base import Model
 from filmstrip.models.loader import load_model
+from filmstrip.shared_tensor import raise_open_files_limit
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ Incoming = queue.SimpleQueue[tuple[messages.ToEngine, list[int] | None]]
 LoadModel = Callable[[EngineConfig], Model]
 
 _PARENT_CHECK_SECONDS = 1.0
-_MAX_OPEN_FILES = 1 << 20
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
     # A Ctrl-C in the terminal is the client's to handle: it decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    _raise_open_files_limit()
+    raise_open_files_limit()
     load = load_model
     if arguments.model_factory:
         module, _, name = arguments.model_factory.partition(":")
@@ -176,14 +174,6 @@ def _wait_for_data(connection: socket.socket, parent: int) -> bool:
         if os.getppid() != parent:
             return False
     return True
-
-
-def _raise_open_files_limit() -> None:
-    """Every media item of a request that waits or runs is an open file; the usual soft limit of 1024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
-    with contextlib.suppress(OSError, ValueError):  # a system may have bounds of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _send(connection: socket.socket, message: messages.ToClient) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from filmstrip.errors import MediaError
 from filmstrip.media.loader import FetchedMedia, MediaLoader, OpenedMedia, is_presampled
 from filmstrip.processing.base import PlannedMedia, Processor
-from filmstrip.shared_tensor import SharedTensor
+from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
 from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, VideoMetadata
 
 
@@ -81,6 +81,7 @@ class MediaPipeline:
     def __init__(self, loader: MediaLoader, processor: Processor, max_cache_bytes: int) -> None:
         self.stats = MediaCacheStats()
         self._loader, self._processor, self._max_cache_bytes = loader, processor, max_cache_bytes
+        self._max_cache_items = max_kept_tensors()
         self._cache: OrderedDict[str, ProcessedMedia] = OrderedDict()
         self._decodes: dict[str, _Decode] = {}
 
@@ -188,7 +189,7 @@ class MediaPipeline:
             return
         self._cache[key] = processed
         self.stats.num_bytes += processed.num_bytes
-        while self.stats.num_bytes > self._max_cache_bytes:
+        while self.stats.num_bytes > self._max_cache_bytes or len(self._cache) > self._max_cache_items:
             _, oldest = self._cache.popitem(last=False)
             self.stats.num_bytes -= oldest.num_bytes
         self.stats.num_items = len(self._cache)

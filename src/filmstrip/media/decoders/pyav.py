@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -40,19 +42,23 @@ _CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mp
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
 _FALLBACK_FPS = 25.0
+_MAX_LEAD_GOPS = 1
+_MAX_TIME = 2**61
+"""Times beyond this, in ticks, are nonsense, and sums of two still fit 64 bits."""
 
 
 @dataclass(frozen=True)
 class _Index:
     """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown, in
-    display order, and ``display_times`` its time."""
+    display order, and ``display_times`` its time. ``times_identify`` says whether a time names one frame, so that frames
+    can be found by seeking and known by their time; else they are counted from the file's start."""
 
     times: np.ndarray
     is_key: np.ndarray
     display: np.ndarray
     display_times: np.ndarray
     last_duration: int
-    has_all_pts: bool
+    times_identify: bool
 
 
 @dataclass
@@ -77,7 +83,12 @@ class PyAVReader:
             if not len(self._index.display):
                 raise MediaDecodeError("the video has no frames")
             self._time_base = float(stream.time_base)
-            self._coded_size, rotation = self._first_frame(container, stream)
+            first = self._first_frame(container, stream)
+            self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
+            self._index = _without_lead(self._index, first.pts)
+            self._first_decodable = self.frame_index(first.pts) or 0
+            # GOPs that a job begins before its own: none, until a stream shows that its key frames do not stand alone.
+            self._num_lead_gops = 0
             width, height = self._coded_size if rotation % 180 == 0 else self._coded_size[::-1]
             times, fps, duration = _timing(self._index, stream)
             self.metadata = VideoMetadata(
@@ -144,28 +155,30 @@ class PyAVReader:
                 "(max_image_pixels, --max-image-pixels)"
             )
 
-    def _first_frame(self, container: Any, stream: Any) -> tuple[tuple[int, int], int]:
-        """Coded (width, height) and the counterclockwise rotation that displays the first frame that decodes."""
-        container.seek(0, any_frame=False)
-        _single_thread(stream)
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        for packet, _ in zip(packets, range(_MAX_FIRST_PACKETS), strict=False):
-            for frame in _decode(stream, packet):
-                return self._shape(frame)
-        for frame in _decode(stream, None):
-            return self._shape(frame)
-        raise MediaDecodeError("no frame of the video can be decoded")
+    def _first_frame(self, container: Any, stream: Any) -> Any:
+        """The first frame that decodes, of a size that is allowed."""
+        try:
+            container.seek(int(self._index.times.min()), stream=stream, any_frame=False)
+        except av.error.FFmpegError:  # a bare stream of pictures (.h264) knows no times
+            with self._open() as (fresh, first):
+                return self._first_frame_from(fresh, first)
+        return self._first_frame_from(container, stream)
 
-    def _shape(self, frame: Any) -> tuple[tuple[int, int], int]:
-        self._check_size(frame.width, frame.height)
-        return (frame.width, frame.height), round(frame.rotation / 90) * 90 % 360
+    def _first_frame_from(self, container: Any, stream: Any) -> Any:
+        _use_threads(stream, 1)
+        packets = (packet for packet in _tolerant(container.demux(stream)) if packet.size)
+        for packet in itertools.chain(itertools.islice(packets, _MAX_FIRST_PACKETS), (None,)):
+            for frame in _decode(stream, packet):
+                self._check_size(frame.width, frame.height)
+                return frame
+        raise MediaDecodeError("no frame of the video can be decoded")
 
     def _jobs(self, positions: dict[int, list[int]]) -> list[_Job]:
         """One job for each GOP that is needed, the longest first."""
         index = self._index
-        if not index.has_all_pts:  # frames can only be told apart by counting from the start
+        if not index.times_identify:
             return [_Job(0, dict(positions))]
-        keys = np.flatnonzero(index.is_key).tolist() or [0]
+        keys = self._keys
         jobs: dict[int, _Job] = {}
         for target in sorted(positions):
             coded = int(index.display[target])
@@ -175,6 +188,11 @@ class PyAVReader:
             key = keys[max(place, 0)]
             jobs.setdefault(key, _Job(key)).targets[target] = positions[target]
         return sorted(jobs.values(), key=self._job_length, reverse=True)
+
+    @functools.cached_property
+    def _keys(self) -> list[int]:
+        """Coded indices of the key frames, ascending."""
+        return np.flatnonzero(self._index.is_key).tolist() or [0]
 
     def _job_length(self, job: _Job) -> int:
         return max(int(self._index.display[target]) for target in job.targets) - job.key
@@ -208,24 +226,50 @@ class PyAVReader:
         delivery.check()
 
     def _run_job(self, container: Any, stream: Any, job: _Job, delivery: _Delivery) -> None:
-        """Decode one job, by a seek if that lands where it should, else from the file's start."""
-        if self._index.has_all_pts and job.key > 0:
-            packets = self._seek(container, stream, job.key)
-            if packets is not None:
-                self._decode_job(stream, packets, job, delivery)
-                return
+        """Decode one job; once more from one GOP earlier if the decoder kept back frames that were wanted.
+
+        A stream that refreshes its picture bit by bit (x264's intra-refresh, usual in live streams) has key frames from
+        which it is whole only after some more frames; FFmpeg holds back those before.
+        """
+        lead = self._num_lead_gops
+        start = self._earlier_key(job.key, lead)
+        earlier = self._earlier_key(start, 1)
+        missing = self._decode_from(container, stream, start, job, delivery, is_last_try=earlier == start)
+        if missing:
+            retry = _Job(job.key, missing)
+            if len(self._decode_from(container, stream, earlier, retry, delivery, is_last_try=True)) < len(missing):
+                self._num_lead_gops = min(lead + 1, _MAX_LEAD_GOPS)
+
+    def _earlier_key(self, key: int, num_gops: int) -> int:
+        place = bisect.bisect_left(self._keys, key)
+        return self._keys[max(place - num_gops, 0)] if num_gops and place else key
+
+    def _decode_from(
+        self, container: Any, stream: Any, key: int, job: _Job, delivery: _Delivery, *, is_last_try: bool
+    ) -> dict[int, list[int]]:
+        """Decode a job's frames from ``key`` on, by a seek if that lands where it should, else from the file's start.
+
+        Returns the frames that did not come out; on the last try others may have been delivered in their place.
+        """
+        collector = _Collector(self, job, delivery, stands_in=is_last_try)
+        packets = self._seek(container, stream, key) if self._index.times_identify and key > 0 else None
+        if packets is not None:
+            self._decode_job(stream, packets, job, collector, delivery)
+            return collector.missing
         with self._open() as (fresh, first):
             _use_threads(first, stream.codec_context.thread_count)
             numbered = enumerate(packet for packet in _tolerant(fresh.demux(first)) if packet.size)
-            packets = ((coded, packet) for coded, packet in numbered if coded >= job.key)
-            self._decode_job(first, packets, job, delivery)
+            packets = ((coded, packet) for coded, packet in numbered if coded >= key)
+            self._decode_job(first, packets, job, collector, delivery)
+        return collector.missing
 
-    def _decode_job(self, stream: Any, packets: Iterator[tuple[int, Any]], job: _Job, delivery: _Delivery) -> None:
+    def _decode_job(
+        self, stream: Any, packets: Iterator[tuple[int, Any]], job: _Job, collector: _Collector, delivery: _Delivery
+    ) -> None:
         index = self._index
         wanted = {int(index.display[target]) for target in job.targets}
         last = max(wanted)
-        collector = _Collector(self, job, delivery)
-        counting = not index.has_all_pts
+        counting = not index.times_identify
         skips = not counting and stream.codec_context.name in _CODECS_THAT_SKIP
         for coded, packet in packets:
             delivery.check()
@@ -247,15 +291,15 @@ class PyAVReader:
         time = int(self._index.times[key])
         for back in _SEEK_BACK_SECONDS:
             try:
-                container.seek(time - round(back / self._time_base), stream=stream, backward=True, any_frame=False)
+                time_before = max(time - round(back / self._time_base), -_MAX_TIME)
+                container.seek(time_before, stream=stream, backward=True, any_frame=False)
             except av.error.FFmpegError:
                 continue
             packets = (packet for packet in _tolerant(container.demux(stream)) if packet.size)
             for packet in packets:
-                packet_time = _time(packet)
-                if packet_time == time and packet.is_keyframe:
+                if packet.pts == time and packet.is_keyframe:
                     return enumerate(itertools.chain([packet], packets), key)
-                if packet.is_keyframe and packet_time is not None and packet_time > time:
+                if packet.is_keyframe and packet.pts is not None and packet.pts > time:
                     break
         return None
 
@@ -264,9 +308,8 @@ class PyAVReader:
         missing = sorted(index for index, where in positions.items() if delivery.delivered[where[0]] < 0)
         if not missing:
             return
-        good = sorted({index for index in delivery.delivered if index >= 0})
-        if not good:
-            raise MediaDecodeError("none of the wanted frames of the video can be decoded")
+        # Where none of the wanted decodes, the one that did when the file was opened is at hand.
+        good = sorted({index for index in delivery.delivered if index >= 0}) or [self._first_decodable]
         substitutes: dict[int, list[int]] = {}
         for index in missing:
             place = bisect.bisect_left(good, index)
@@ -323,18 +366,23 @@ class _Delivery:
 
 
 class _Collector:
-    """Frames of one job as the decoder puts them out: picks the wanted, replaces the missing."""
+    """Frames of one job as the decoder puts them out: picks the wanted, replaces the missing.
 
-    def __init__(self, reader: PyAVReader, job: _Job, delivery: _Delivery) -> None:
-        self._reader, self._delivery = reader, delivery
+    ``missing`` has the wanted frames that did not come out. With ``stands_in`` the last frame before each takes its place;
+    where there is none, or without it, their positions stay open.
+    """
+
+    def __init__(self, reader: PyAVReader, job: _Job, delivery: _Delivery, *, stands_in: bool) -> None:
+        self._reader, self._delivery, self._stands_in = reader, delivery, stands_in
         self._wanted = sorted(job.targets.items())
         self._next = 0
         self._last: tuple[int, Any] | None = None
-        self._counter: Iterator[int] | None = None if reader._index.has_all_pts else iter(range(2**62))
+        self._counter: Iterator[int] | None = None if reader._index.times_identify else iter(range(2**62))
+        self.missing: dict[int, list[int]] = {}
 
     @property
     def is_complete(self) -> bool:
-        """Whether every wanted frame has been given."""
+        """Whether every wanted frame has been given or replaced."""
         return self._next == len(self._wanted)
 
     def add(self, frame: Any) -> None:
@@ -343,45 +391,92 @@ class _Collector:
         if index is None:
             return
         while not self.is_complete and self._wanted[self._next][0] < index:
-            self._give(self._last)
+            self._replace()
         if not self.is_complete and self._wanted[self._next][0] == index:
-            self._give((index, frame))
+            self._delivery.give(self._wanted[self._next][1], index, frame)
+            self._next += 1
         self._last = (index, frame)
 
     def finish(self) -> None:
-        """The job's packets are used up: the last frame stands in for what is still missing."""
+        """The job's packets are used up: what is still wanted is missing."""
         while not self.is_complete:
-            self._give(self._last)
+            self._replace()
 
-    def _give(self, decoded: tuple[int, Any] | None) -> None:
-        """Give ``decoded`` for the next wanted frame; without one the positions stay open for another job's frame."""
-        _, positions = self._wanted[self._next]
+    def _replace(self) -> None:
+        index, positions = self._wanted[self._next]
         self._next += 1
-        if decoded is not None:
-            self._delivery.give(positions, *decoded)
+        self.missing[index] = positions
+        if self._stands_in and self._last is not None:
+            self._delivery.give(positions, *self._last)
 
 
 def _scan(container: Any, stream: Any) -> _Index:
     """Read all packets of the stream without decoding."""
-    times: list[int] = []
+    pts: list[int | None] = []
+    dts: list[int | None] = []
+    durations: list[int] = []
     is_key: list[bool] = []
     shown: list[bool] = []
-    has_all_pts, last_duration = True, 0
     for packet in _tolerant(container.demux(stream)):
         if not packet.size:
             continue
-        time = _time(packet)
-        if packet.pts is None:
-            has_all_pts = False
-        times.append(times[-1] + 1 if time is None and times else time or 0)
+        pts.append(packet.pts)
+        dts.append(packet.dts)
+        durations.append(packet.duration or 0)
         is_key.append(packet.is_keyframe)
         shown.append(not packet.is_discard)
-        last_duration = packet.duration or last_duration
-    all_times = np.asarray(times, np.int64)
     coded = np.flatnonzero(np.asarray(shown, bool))
-    order = np.argsort(all_times[coded], kind="stable") if has_all_pts else np.arange(len(coded))
-    display = coded[order]
-    return _Index(all_times, np.asarray(is_key, bool), display, all_times[display], last_duration, has_all_pts)
+    last_duration = next((duration for duration in reversed(durations) if duration), 0)
+    times_identify = _times_identify(container, stream, pts, dts)
+    if times_identify:
+        times = np.asarray(pts, np.int64)
+        display = coded[np.argsort(times[coded], kind="stable")]
+    else:
+        times = _running_times(pts, dts, durations)
+        display = coded
+    return _Index(times, np.asarray(is_key, bool), display, times[display], last_duration, times_identify)
+
+
+def _times_identify(container: Any, stream: Any, pts: list[int | None], dts: list[int | None]) -> bool:
+    """Whether every packet has a time, and the times tell frames apart and put them in order.
+
+    They do not where a container has none (bare H.264, some Matroska copies), where its clock is coarser than the frame
+    rate, and where files were appended to one another so that the clock begins anew.
+    """
+    if any(time is None or abs(time) > _MAX_TIME for time in pts) or len(set(pts)) < len(pts):
+        return False
+    clock = [time for time in dts if time is not None]
+    if any(later < earlier for earlier, later in itertools.pairwise(clock)):
+        return False
+    # AVI stores frames in coded order without a time. FFmpeg sees the order of display in MPEG-4's packets, but numbers
+    # those of H.264 and its like just as they come.
+    is_avi = "avi" in container.format.name.split(",")
+    in_coded_order = all(later > earlier for earlier, later in itertools.pairwise(pts))  # type: ignore[operator]
+    return not (is_avi and in_coded_order and stream.codec_context.has_b_frames)
+
+
+def _running_times(pts: list[int | None], dts: list[int | None], durations: list[int]) -> np.ndarray:
+    """Times for frames that are counted: the decoding clock, carried on by durations where it is silent or steps back."""
+    now = 0
+    times: list[int] = []
+    before: int | None = None
+    for shown, decoded, duration in zip(pts, dts, [0, *durations], strict=False):
+        clock = shown if decoded is None else decoded
+        if clock is not None and before is not None and 0 <= clock - before <= _MAX_TIME - now:
+            now += clock - before
+        elif times:
+            now += duration or 1
+        before = clock
+        times.append(now)
+    return np.asarray(times, np.int64)
+
+
+def _without_lead(index: _Index, first_pts: int | None) -> _Index:
+    """The index without the packets before the first key frame that no frame came out of: what a cut left over."""
+    if not index.times_identify or first_pts is None or not index.is_key.any():
+        return index
+    stays = (index.display >= int(np.argmax(index.is_key))) | (index.display_times >= first_pts)
+    return dataclasses.replace(index, display=index.display[stays], display_times=index.display_times[stays])
 
 
 def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
@@ -391,19 +486,15 @@ def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
     processors compute that know nothing but the rate.
     """
     tick = float(stream.time_base)
-    times = np.sort(index.display_times)  # without presentation times these are decoding times, still of the right rate
+    times = index.display_times
     seconds = (times - times[0]) * tick
     numbers = np.arange(len(seconds))
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
         if rate and np.abs(seconds - numbers / float(rate)).max() <= tick * 1.001:
             return numbers / float(rate), float(rate), len(seconds) / float(rate)
-    typical = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / _FALLBACK_FPS
-    duration = float(seconds[-1]) + (index.last_duration * tick or typical)
+    typical = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
+    duration = float(seconds[-1]) + (index.last_duration * tick or typical or 1 / _FALLBACK_FPS)
     return seconds, len(seconds) / duration, duration
-
-
-def _time(packet: Any) -> int | None:
-    return packet.pts if packet.pts is not None else packet.dts
 
 
 def _tolerant(packets: Iterator[Any]) -> Iterator[Any]:
@@ -418,10 +509,6 @@ def _decode(stream: Any, packet: Any) -> list[Any]:
         return stream.codec_context.decode(packet)
     except (av.error.FFmpegError, EOFError):
         return []
-
-
-def _single_thread(stream: Any) -> None:
-    _use_threads(stream, 1)
 
 
 def _use_threads(stream: Any, num_threads: int) -> None:
