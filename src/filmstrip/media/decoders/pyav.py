@@ -226,18 +226,23 @@ class PyAVReader:
         delivery.check()
 
     def _run_job(self, container: Any, stream: Any, job: _Job, delivery: _Delivery) -> None:
-        """Decode one job; once more from one GOP earlier if the decoder kept back frames that were wanted.
+        """Decode one job; once more, from one GOP earlier and with one codec thread, if frames that were wanted are missing.
 
         A stream that refreshes its picture bit by bit (x264's intra-refresh, usual in live streams) has key frames from
-        which it is whole only after some more frames; FFmpeg holds back those before.
+        which it is whole only after some more frames; FFmpeg holds back those before. And where FFmpeg decodes with several
+        threads, a broken packet takes sound frames with it that were waiting in the others.
         """
         lead = self._num_lead_gops
         start = self._earlier_key(job.key, lead)
         earlier = self._earlier_key(start, 1)
-        missing = self._decode_from(container, stream, start, job, delivery, is_last_try=earlier == start)
-        if missing:
-            retry = _Job(job.key, missing)
-            if len(self._decode_from(container, stream, earlier, retry, delivery, is_last_try=True)) < len(missing):
+        can_retry = earlier < start or stream.codec_context.thread_count > 1
+        missing = self._decode_from(container, stream, start, job, delivery, stands_in=not can_retry)
+        if missing and can_retry:
+            with self._open() as (fresh, again):
+                _use_threads(again, 1)
+                retry = _Job(job.key, missing)
+                still_missing = self._decode_from(fresh, again, earlier, retry, delivery, stands_in=True)
+            if len(still_missing) < len(missing) and stream.codec_context.thread_count == 1:
                 self._num_lead_gops = min(lead + 1, _MAX_LEAD_GOPS)
 
     def _earlier_key(self, key: int, num_gops: int) -> int:
@@ -245,13 +250,13 @@ class PyAVReader:
         return self._keys[max(place - num_gops, 0)] if num_gops and place else key
 
     def _decode_from(
-        self, container: Any, stream: Any, key: int, job: _Job, delivery: _Delivery, *, is_last_try: bool
+        self, container: Any, stream: Any, key: int, job: _Job, delivery: _Delivery, *, stands_in: bool
     ) -> dict[int, list[int]]:
         """Decode a job's frames from ``key`` on, by a seek if that lands where it should, else from the file's start.
 
-        Returns the frames that did not come out; on the last try others may have been delivered in their place.
+        Returns the frames that did not come out; with ``stands_in`` others may have been delivered in their place.
         """
-        collector = _Collector(self, job, delivery, stands_in=is_last_try)
+        collector = _Collector(self, job, delivery, stands_in=stands_in)
         packets = self._seek(container, stream, key) if self._index.times_identify and key > 0 else None
         if packets is not None:
             self._decode_job(stream, packets, job, collector, delivery)
@@ -472,10 +477,14 @@ def _running_times(pts: list[int | None], dts: list[int | None], durations: list
 
 
 def _without_lead(index: _Index, first_pts: int | None) -> _Index:
-    """The index without the packets before the first key frame that no frame came out of: what a cut left over."""
+    """The index without what a cut left over before the first key frame's picture and no frame came out of.
+
+    These are packets coded before that key frame, and in HEVC also the pictures coded after it, shown before it, that refer
+    to what was cut off.
+    """
     if not index.times_identify or first_pts is None or not index.is_key.any():
         return index
-    stays = (index.display >= int(np.argmax(index.is_key))) | (index.display_times >= first_pts)
+    stays = index.display_times >= min(first_pts, int(index.times[np.argmax(index.is_key)]))
     return dataclasses.replace(index, display=index.display[stays], display_times=index.display_times[stays])
 
 

@@ -1,0 +1,370 @@
+"""Frames of files whose times or key frames mislead: every read equals plain decoding from start to end, bit by bit."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from filmstrip.media.source import BytesSource
+from filmstrip.media.video import open_video, read_frames
+from tests.media.clips import append, blank, drop_packets, h264, packets, remux
+from tests.media.numbered import decode_sequentially, encode, ffmpeg, read_number
+
+NUM_FRAMES = 60
+CODED_ORDER = "b-adapt=0:scenecut=0"
+
+
+def make_intra_refresh(folder):
+    """Key frames that are recovery points: whole only some frames later."""
+    return encode(folder / "refresh.mp4", "-c:v", "libx264", "-x264-params", "intra-refresh=1:keyint=20:bframes=0")
+
+
+def make_intra_refresh_ts(folder):
+    return encode(folder / "refresh.ts", "-c:v", "libx264", "-x264-params", "intra-refresh=1:keyint=15:bframes=0")
+
+
+def make_bare_h264(folder):
+    return h264(folder, "bare.h264")
+
+
+def make_bare_hevc(folder):
+    return encode(folder / "bare.hevc", "-c:v", "libx265", "-x265-params", "log-level=error:keyint=12:bframes=3")
+
+
+def make_h264_in_avi(folder):
+    """AVI numbers these packets in coded order, which is not that of display."""
+    return h264(folder, "coded.avi", "-x264-params", CODED_ORDER)
+
+
+def make_appended(folder):
+    """The clock of the second half begins anew, at the same times."""
+    halves = [h264(folder, f"half{i}.ts", num_frames=30, first=30 * i) for i in range(2)]
+    return append(folder / "appended.ts", *halves)
+
+
+def make_appended_shifted(folder):
+    """The clock steps back, to times between those of the first half."""
+    first = h264(folder, "first.ts", num_frames=30)
+    second = h264(folder, "second.ts", "-output_ts_offset", "0.1001", num_frames=30, first=30)
+    return append(folder / "shifted.ts", first, second)
+
+
+def make_appended_with_a_gap(folder):
+    first = h264(folder, "first.ts", num_frames=30)
+    second = h264(folder, "second.ts", "-output_ts_offset", "5000", num_frames=30, first=30)
+    return append(folder / "gap.ts", first, second)
+
+
+def make_clock_wraps(folder):
+    """The 33-bit clock of MPEG-TS passes zero in the middle."""
+    return h264(folder, "wrap.ts", "-output_ts_offset", f"{2**33 / 90_000 - 2.5:.3f}")
+
+
+def make_no_times(folder):
+    """A Matroska copy whose first times are before zero, which FFmpeg does not tell."""
+    copy = ("-avoid_negative_ts", "disabled", "-output_ts_offset", "-1")
+    return remux(h264(folder, "clip.mp4"), folder / "negative.mkv", *copy)
+
+
+def make_repeated_times(folder):
+    halved = "setts=pts=floor(PTS/1024)*512:dts=floor(DTS/1024)*512"
+    return remux(h264(folder, "clip.mp4", num_b_frames=0), folder / "repeated.mkv", "-bsf:v", halved)
+
+
+def make_one_time_for_all(folder):
+    plain = h264(folder, "clip.mp4", num_b_frames=0)
+    return remux(plain, folder / "same.mkv", "-bsf:v", "setts=pts=0:dts=0:duration=0")
+
+
+def make_finer_than_the_clock(folder):
+    """100,000 frames per second in a container that counts milliseconds."""
+    return h264(folder, "fast.mkv", rate="100000")
+
+
+def make_ten_second_frames(folder):
+    return h264(folder, "slow.mp4", rate="1/10")
+
+
+def make_cut_in_an_open_gop(folder):
+    parameters = "open-gop=1:keyint=10:min-keyint=10:bframes=3:scenecut=0"
+    source = h264(folder, "open.ts", "-x264-params", parameters)
+    ffmpeg("-ss", "0.9", "-i", source, "-c", "copy", folder / "cut.ts")
+    return folder / "cut.ts"
+
+
+def make_cut_in_an_open_gop_hevc(folder):
+    parameters = "open-gop=1:keyint=12:min-keyint=12:bframes=4:log-level=error"
+    source = encode(folder / "open.ts", "-c:v", "libx265", "-x265-params", parameters)
+    ffmpeg("-ss", "0.9", "-i", source, "-c", "copy", folder / "cut.ts")
+    return folder / "cut.ts"
+
+
+def make_cut_to_matroska(folder):
+    ffmpeg("-ss", "0.85", "-i", h264(folder, "clip.mp4"), "-c", "copy", folder / "cut.mkv")
+    return folder / "cut.mkv"
+
+
+def make_cut_at_both_ends(folder):
+    ffmpeg("-ss", "0.53", "-i", h264(folder, "clip.mp4"), "-t", "1.1", "-c", "copy", folder / "cut.mp4")
+    return folder / "cut.mp4"
+
+
+def make_begins_between_key_frames(folder):
+    return drop_packets(h264(folder, "clip.mp4", gop=20), folder / "late.mkv", 7)
+
+
+def make_edit_list_without_its_key_frame(folder):
+    source = h264(folder, "clip.mp4", gop=20)
+    return remux(source, folder / "keyless.mp4", "-bsf:v", "noise=drop='eq(n,0)'")
+
+
+def make_fragmented(folder):
+    return h264(folder, "fragments.mp4", "-movflags", "frag_keyframe+empty_moov")
+
+
+def make_long_gop_ts(folder):
+    return h264(folder, "long.ts", gop=250, num_frames=320)
+
+
+def make_deep_pyramid(folder):
+    return h264(folder, "pyramid.mp4", "-x264-params", "b-pyramid=normal:bframes=7:b-adapt=0", gop=30)
+
+
+def make_deep_pyramid_hevc(folder):
+    parameters = "bframes=8:b-adapt=0:keyint=40:log-level=error"
+    return encode(folder / "pyramid.mp4", "-c:v", "libx265", "-x265-params", parameters)
+
+
+def make_interlaced(folder):
+    return h264(folder, "fields.mp4", "-flags", "+ilme+ildct", "-x264-params", "tff=1", height=128)
+
+
+def make_interlaced_mpeg2(folder):
+    coding = ("-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-bf", "2", "-g", "12", "-q:v", "3")
+    return encode(folder / "fields.ts", *coding, height=128)
+
+
+def make_vp8_with_hidden_frames(folder):
+    hidden = ("-auto-alt-ref", "1", "-lag-in-frames", "16")
+    return encode(folder / "clip.webm", "-c:v", "libvpx", "-b:v", "200k", "-g", "30", *hidden)
+
+
+def make_vp9_with_hidden_frames(folder):
+    hidden = ("-auto-alt-ref", "1", "-lag-in-frames", "16")
+    return encode(folder / "clip.webm", "-c:v", "libvpx-vp9", "-b:v", "300k", "-g", "250", *hidden)
+
+
+def make_prores(folder):
+    return encode(folder / "clip.mov", "-c:v", "prores_ks", num_frames=20)
+
+
+def make_motion_jpeg(folder):
+    return encode(folder / "clip.avi", "-c:v", "mjpeg", "-q:v", "3", num_frames=30)
+
+
+def make_flash(folder):
+    return h264(folder, "clip.flv")
+
+
+def make_theora(folder):
+    return encode(folder / "clip.ogv", "-c:v", "libtheora", "-q:v", "8")
+
+
+def make_windows_media(folder):
+    return encode(folder / "clip.wmv", "-c:v", "wmv2", "-q:v", "3", "-g", "12")
+
+
+def make_mpeg1(folder):
+    return encode(folder / "clip.mpg", "-c:v", "mpeg1video", "-bf", "2", "-g", "12", "-q:v", "3")
+
+
+def make_material_exchange(folder):
+    return encode(folder / "clip.mxf", "-c:v", "mpeg2video", "-bf", "2", "-g", "12", "-q:v", "3")
+
+
+def make_ivf(folder):
+    return encode(folder / "clip.ivf", "-c:v", "libvpx-vp9", "-b:v", "300k", "-g", "20")
+
+
+def make_grey(folder):
+    return encode(folder / "grey.mp4", "-c:v", "libx264", "-pix_fmt", "gray", "-g", "10")
+
+
+def make_rgb(folder):
+    return encode(folder / "rgb.mkv", "-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-g", "10")
+
+
+def make_ten_bit_422(folder):
+    return encode(folder / "deep.mp4", "-c:v", "libx264", "-pix_fmt", "yuv422p10le", "-g", "10")
+
+
+def make_one_pixel_high(folder):
+    return encode(folder / "line.mkv", "-c:v", "ffv1", width=10, height=1, num_frames=8)
+
+
+MAKERS = {name.removeprefix("make_"): maker for name, maker in list(globals().items()) if name.startswith("make_")}
+NO_ROOM_FOR_A_NUMBER = {"one_pixel_high"}
+
+
+@pytest.fixture(scope="module", params=sorted(MAKERS))
+def clip(request, tmp_path_factory):
+    """A kind of file, a reader of it, and its frames as plain decoding gives them."""
+    path = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
+    return request.param, open_path(path), decode_sequentially(path)[0]
+
+
+def open_path(path):
+    return open_video(BytesSource(Path(path).read_bytes()))
+
+
+def requests(total):
+    """Index lists: dense, scattered, repeated, the last alone, at random."""
+    rng = random.Random(7)
+    yield list(range(total))
+    yield np.linspace(0, total - 1, min(total, 8)).astype(int).tolist()
+    yield sorted([0, total // 2, total - 1] * 2)
+    yield [total - 1]
+    for size in (1, 3, 9):
+        yield sorted(rng.sample(range(total), min(total, size)))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_every_read_equals_plain_decoding(clip, num_threads):
+    _, reader, frames = clip
+    assert reader.metadata.total_num_frames == len(frames)
+    for indices in requests(len(frames)):
+        got, delivered = read_frames(reader, indices, num_threads)
+        assert list(delivered) == indices
+        wrong = [index for index, frame in zip(indices, got, strict=True) if not np.array_equal(frame, frames[index])]
+        assert wrong == []
+
+
+def test_frames_carry_successive_numbers(clip):
+    kind, reader, frames = clip
+    if kind in NO_ROOM_FOR_A_NUMBER:
+        pytest.skip("a picture of ten pixels holds no number")
+    numbers = [read_number(frame) for frame in read_frames(reader, range(len(frames)), 2)[0]]
+    assert numbers == list(range(numbers[0], numbers[0] + len(frames)))
+
+
+def test_times_begin_at_zero_and_never_fall(clip):
+    metadata = clip[1].metadata
+    assert len(metadata.timestamps) == metadata.total_num_frames
+    assert metadata.timestamps[0] == 0
+    assert (np.diff(metadata.timestamps) >= 0).all()
+    assert np.isfinite([metadata.fps, metadata.duration]).all()
+    assert metadata.fps > 0
+    assert metadata.duration >= metadata.timestamps[-1]
+
+
+@pytest.mark.parametrize("maker", [make_bare_h264, make_h264_in_avi, make_appended, make_no_times, make_clock_wraps])
+def test_times_are_right_where_the_file_does_not_tell_them(tmp_path, maker):
+    metadata = open_path(maker(tmp_path)).metadata
+    np.testing.assert_allclose(metadata.timestamps, np.arange(NUM_FRAMES) / 25, atol=1.1e-3)
+    assert metadata.fps == pytest.approx(25)
+    assert metadata.duration == pytest.approx(NUM_FRAMES / 25)
+
+
+def test_a_gap_between_recordings_stays_in_the_times(tmp_path):
+    times = open_path(make_appended_with_a_gap(tmp_path)).metadata.timestamps
+    assert times[29] < 2
+    assert times[30] == pytest.approx(5000, abs=1)
+
+
+def test_what_stands_before_the_first_key_frame_is_not_counted(tmp_path):
+    reader = open_path(make_begins_between_key_frames(tmp_path))
+    assert reader.metadata.total_num_frames == 40
+    assert read_number(read_frames(reader, [0], 1)[0][0]) == 20
+
+
+def test_frames_of_another_size_are_given_in_the_first_ones(tmp_path):
+    """A stream may change its size; the array of frames cannot."""
+    first = h264(tmp_path, "first.ts", num_frames=20)
+    second = h264(tmp_path, "second.ts", "-output_ts_offset", "10", num_frames=20, first=20, width=240, height=144)
+    reader = open_path(append(tmp_path / "both.ts", first, second))
+    got, delivered = read_frames(reader, range(40), 2)
+    assert got.shape == (40, 96, 160, 3)
+    assert delivered == tuple(range(40))
+    assert [read_number(frame) for frame in got] == list(range(40))
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Forty frames in closed groups of ten: the bytes, the packets, the frames."""
+    path = h264(tmp_path_factory.mktemp("groups"), "clip.mkv", num_frames=40)
+    return path.read_bytes(), packets(path), decode_sequentially(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "wanted", "shown"),
+    [
+        (slice(20, 30), [5, 24, 35], [5, 19, 35]),  # the frame before, of another group
+        (slice(30, 40), [39], [29]),
+        (slice(10, 30), [12, 22, 31], [9, 9, 31]),
+    ],
+)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_lost_group_is_replaced_and_reported(groups, lost, wanted, shown, num_threads):
+    data, places, frames = groups
+    reader = open_video(BytesSource(blank(data, places[lost])))
+    got, delivered = read_frames(reader, wanted, num_threads)
+    assert list(delivered) == shown
+    for frame, index in zip(got, delivered, strict=True):
+        assert np.array_equal(frame, frames[index])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [
+        ([0, 4, 15], [15, 15, 15]),  # nothing before: the next that was wanted
+        ([3, 7], [10, 10]),  # nothing wanted decodes: the first that does
+    ],
+)
+def test_a_lost_beginning_is_replaced_by_what_follows(tmp_path, wanted, shown):
+    path = encode(tmp_path / "clip.webm", "-c:v", "libvpx", "-b:v", "300k", "-g", "10", num_frames=30)
+    reader = open_video(BytesSource(blank(path.read_bytes(), packets(path)[:10])))
+    assert reader.metadata.total_num_frames == 30
+    got, delivered = read_frames(reader, wanted, 2)
+    assert list(delivered) == shown
+    assert [read_number(frame) for frame in got] == shown
+
+
+def test_a_beginning_that_no_longer_says_it_is_a_key_frame_is_left_out(groups):
+    data, places, frames = groups
+    reader = open_video(BytesSource(blank(data, places[:10])))
+    assert reader.metadata.total_num_frames == 30
+    got, _ = read_frames(reader, range(30), 2)
+    assert np.array_equal(got, frames[10:])
+
+
+def test_flipped_bytes_never_raise_and_spare_the_other_groups(groups):
+    data, places, frames = groups
+    for seed in range(12):
+        rng = random.Random(seed)
+        damaged = bytearray(data)
+        for place in rng.sample(places[10:20], 3):
+            for _ in range(8):
+                damaged[place[0] + rng.randrange(place[1])] ^= 1 << rng.randrange(8)
+        got, delivered = read_frames(open_video(BytesSource(bytes(damaged))), range(40), 2)
+        assert len(delivered) == 40
+        for index in (*range(10), *range(20, 40)):
+            assert delivered[index] == index
+            assert np.array_equal(got[index], frames[index]), (seed, index)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "avi", "webm", "flv", "mpg"])
+def test_truncated_files_give_what_is_there(tmp_path, suffix):
+    codec = {"webm": ("libvpx-vp9",), "mpg": ("mpeg2video", "-bf", "2"), "avi": ("mpeg4", "-bf", "2")}
+    coding = codec.get(suffix, ("libx264", "-bf", "3"))
+    path = encode(tmp_path / f"clip.{suffix}", "-c:v", *coding, "-g", "10", num_frames=100)
+    frames, data = decode_sequentially(path)[0], path.read_bytes()
+    for share in (0.35, 0.6, 0.9):
+        reader = open_video(BytesSource(data[: int(len(data) * share)]))
+        total = reader.metadata.total_num_frames
+        assert 0 < total <= 100
+        got, delivered = read_frames(reader, range(total), 2)
+        assert all(0 <= index < total for index in delivered)
+        # The last packet may be half there, and what refers to it is concealed.
+        sound = [index for index in range(max(total - 6, 0)) if np.array_equal(got[index], frames[index])]
+        assert sound == list(range(max(total - 6, 0)))
