@@ -18,7 +18,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ import av
 import av.error
 import av.logging
 import numpy as np
+from av.stream import Disposition
 
 from filmstrip.errors import MediaDecodeError, MediaTooLargeError
 from filmstrip.media.decoders.base import Consume
@@ -141,7 +142,12 @@ class PyAVReader:
                     raise MediaDecodeError("the file has no video stream")
                 if not hasattr(stream, "codec_context") or stream.codec_context is None:
                     raise MediaDecodeError("the video's codec is not supported")
+                if stream.disposition & Disposition.attached_pic:
+                    raise MediaDecodeError("the file has no video stream, only a cover picture")
                 self._check_size(stream.codec_context.width, stream.codec_context.height)
+                if self._max_pixels is not None:
+                    # A stream may grow later; its decoder then gives no frames. It counts padding, hence the slack.
+                    stream.codec_context.options = {"max_pixels": str(4 * self._max_pixels + 2**20)}
                 yield container, stream
         except av.error.FFmpegError as error:
             raise MediaDecodeError(f"the video cannot be read: {_reason(error)}") from error
@@ -157,17 +163,17 @@ class PyAVReader:
 
     def _first_frame(self, container: Any, stream: Any) -> Any:
         """The first frame that decodes, of a size that is allowed."""
-        try:
-            container.seek(int(self._index.times.min()), stream=stream, any_frame=False)
-        except av.error.FFmpegError:  # a bare stream of pictures (.h264) knows no times
-            with self._open() as (fresh, first):
-                return self._first_frame_from(fresh, first)
-        return self._first_frame_from(container, stream)
-
-    def _first_frame_from(self, container: Any, stream: Any) -> Any:
         _use_threads(stream, 1)
-        packets = (packet for packet in _tolerant(container.demux(stream)) if packet.size)
-        for packet in itertools.chain(itertools.islice(packets, _MAX_FIRST_PACKETS), (None,)):
+        packets = self._seek(container, stream, 0) if self._index.times_identify else None
+        if packets is not None:
+            return self._decode_first(stream, packets)
+        with self._open() as (fresh, first):
+            _use_threads(first, 1)
+            return self._decode_first(first, enumerate(_packets(fresh, first)))
+
+    def _decode_first(self, stream: Any, packets: Iterator[tuple[int, Any]]) -> Any:
+        beginning = (packet for _, packet in itertools.islice(packets, _MAX_FIRST_PACKETS))
+        for packet in itertools.chain(beginning, (None,)):
             for frame in _decode(stream, packet):
                 self._check_size(frame.width, frame.height)
                 return frame
@@ -221,8 +227,12 @@ class PyAVReader:
             work()
         else:
             with ThreadPoolExecutor(num_workers, thread_name_prefix="filmstrip-decode") as threads:
-                for _ in range(num_workers):
-                    threads.submit(work)
+                running = [threads.submit(work) for _ in range(num_workers)]
+                try:
+                    wait(running)
+                except BaseException as error:  # Ctrl-C: the threads must end before the pool can
+                    delivery.fail(error)
+                    raise
         delivery.check()
 
     def _run_job(self, container: Any, stream: Any, job: _Job, delivery: _Delivery) -> None:
@@ -263,8 +273,7 @@ class PyAVReader:
             return collector.missing
         with self._open() as (fresh, first):
             _use_threads(first, stream.codec_context.thread_count)
-            numbered = enumerate(packet for packet in _tolerant(fresh.demux(first)) if packet.size)
-            packets = ((coded, packet) for coded, packet in numbered if coded >= key)
+            packets = itertools.islice(enumerate(_packets(fresh, first)), key, None)
             self._decode_job(first, packets, job, collector, delivery)
         return collector.missing
 
@@ -288,7 +297,7 @@ class PyAVReader:
         collector.finish()
 
     def _seek(self, container: Any, stream: Any, key: int) -> Iterator[tuple[int, Any]] | None:
-        """Packets from a key frame on, numbered in coded order; None if no seek lands on it or before it.
+        """Packets from a key frame on, numbered in coded order; None if no seek finds it.
 
         A seek goes by the key frame's presentation time; by decoding time it may land one group early. In MPEG-TS it may
         land late and is tried again from further back.
@@ -300,7 +309,7 @@ class PyAVReader:
                 container.seek(time_before, stream=stream, backward=True, any_frame=False)
             except av.error.FFmpegError:
                 continue
-            packets = (packet for packet in _tolerant(container.demux(stream)) if packet.size)
+            packets = _packets(container, stream)
             for packet in packets:
                 if packet.pts == time and packet.is_keyframe:
                     return enumerate(itertools.chain([packet], packets), key)
@@ -422,9 +431,7 @@ def _scan(container: Any, stream: Any) -> _Index:
     durations: list[int] = []
     is_key: list[bool] = []
     shown: list[bool] = []
-    for packet in _tolerant(container.demux(stream)):
-        if not packet.size:
-            continue
+    for packet in _packets(container, stream):
         pts.append(packet.pts)
         dts.append(packet.dts)
         durations.append(packet.duration or 0)
@@ -506,10 +513,12 @@ def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
     return seconds, len(seconds) / duration, duration
 
 
-def _tolerant(packets: Iterator[Any]) -> Iterator[Any]:
-    """Packets until the file ends or breaks."""
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Packets of the stream, from where the container stands, until the file ends or breaks."""
     with contextlib.suppress(av.error.FFmpegError):
-        yield from packets
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
 
 
 def _decode(stream: Any, packet: Any) -> list[Any]:
