@@ -44,6 +44,9 @@ _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
 _FALLBACK_FPS = 25.0
 _MAX_LEAD_GOPS = 1
+# From version 17 on, PyAV converts colours with as many threads as there are cores, started anew for each frame; the
+# workers here use the cores already.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 _MAX_TIME = 2**61
 """Times beyond this, in ticks, are nonsense, and sums of two still fit 64 bits."""
 
@@ -343,7 +346,7 @@ class PyAVReader:
     def to_rgb(self, frame: Any) -> np.ndarray:
         """uint8 RGB (height, width, 3) as displayed, always of the size in ``metadata``."""
         width, height = self._coded_size
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **_ONE_THREAD)
         turns = self.metadata.rotation_degrees // 90
         return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
