@@ -1,6 +1,8 @@
 """Patches lie where the reference puts them, whatever the sizes and whoever writes first."""
 
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -47,6 +49,29 @@ def test_order_of_writing_does_not_matter():
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda i: writer.write(i, frames[i]), order))
     assert torch.equal(output, expected)
+
+
+def test_writing_starts_no_threads():
+    """PyTorch's parallel copy would give each worker a team of its own; sixteen threads on four cores help nobody."""
+    script = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, torch
+from filmstrip.media.patches import PatchWriter
+from filmstrip.types import FramePlan, PatchLayout
+
+torch.set_num_threads(4)
+plan = FramePlan(tuple(range(8)), 512, 512, PatchLayout(16, 2, 2))
+writer = PatchWriter(plan, torch.zeros(plan.patches_shape, dtype=torch.uint8))
+frame = np.zeros((600, 700, 3), np.uint8)
+before = len(os.listdir("/proc/self/task"))
+with ThreadPoolExecutor(3) as workers:
+    barrier = threading.Barrier(3)
+    list(workers.map(lambda i: (barrier.wait(60), writer.write(i, frame)), range(3)))
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(shown.stdout) == 3
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 70), (200, 31), (1, 1), (37, 640)])

@@ -45,7 +45,8 @@ class PatchWriter:
         layout = plan.layout
         frames, rows, columns = plan.grid_thw
         size, merge, group = layout.patch_size, layout.merge_size, layout.temporal_patch_size
-        self._view = output.view(frames, rows // merge, columns // merge, merge, merge, 3, group, size, size)
+        shape = (frames, rows // merge, columns // merge, merge, merge, 3, group, size, size)
+        self._view = output.view(shape).numpy()
 
     def write(self, position: int, rgb: np.ndarray) -> None:
         """Resize and write frame number ``position`` of the plan; the last one also fills its group's missing frames."""
@@ -53,12 +54,14 @@ class PatchWriter:
         frame = resize_frame(rgb, plan.height, plan.width)
         _, rows, columns = plan.grid_thw
         size, merge = layout.patch_size, layout.merge_size
-        blocks = frame.view(rows // merge, merge, size, columns // merge, merge, size, 3)
-        patches = blocks.permute(0, 3, 1, 4, 6, 2, 5)
+        blocks = frame.numpy().reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
         group, slot = divmod(position, layout.temporal_patch_size)
         is_last = position == len(plan.frame_indices) - 1
         for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
-            self._view[group, :, :, :, :, :, each].copy_(patches)
+            # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from that
+            # for the whole process only.
+            np.copyto(self._view[group, :, :, :, :, :, each], patches)
 
 
 def write_patches(
