@@ -61,6 +61,21 @@ def test_start_and_end():
     assert candidate_range(clip(100, 30), FrameSampling(start_seconds=0.1, end_seconds=0.3)) == (3, 9)
 
 
+def test_fps_counts_seconds_not_frames_in_a_part_of_a_variable_clip():
+    """Ten frames a second for ten seconds, then one a second for ten more."""
+    times = np.concatenate([np.arange(100) / 10, 10.0 + np.arange(10)])
+    metadata = VideoMetadata(110, 5.5, 20.0, 64, 64, times, "test")
+
+    def count(**settings):
+        return len(sample_frame_indices(metadata, parse_frame_sampling(settings, "p")))
+
+    assert count(fps=2) == 40
+    assert count(fps=2, end=9.95) == 20
+    assert count(fps=0.5, start=10) == 5
+    assert count(fps=0.5, start=5) == 7
+    assert count(fps=0.5, start=5, end=12) == 4  # shown until 13 s
+
+
 def test_an_empty_range_names_the_length():
     with pytest.raises(InvalidRequestError, match=r"10\.000 s long"):
         sample(100, 10, num_frames=3, start=12)

@@ -79,8 +79,7 @@ def sample_frame_indices(
     """
     first, last = candidate_range(metadata, sampling)
     num_candidates = last - first + 1
-    whole = num_candidates == metadata.total_num_frames
-    duration = metadata.duration if whole else num_candidates / metadata.fps
+    duration = _shown_seconds(metadata, first, last)
     counts = [num_candidates]
     if sampling.num_frames is not None and sampling.num_frames != _UNLIMITED:
         counts.append(sampling.num_frames)
@@ -90,6 +89,15 @@ def sample_frame_indices(
     upper = [num_candidates, *(limit for limit in (sampling.max_frames, max_frames) if limit is not None)]
     count = min(count, *upper)
     return tuple(np.linspace(first, last, count).astype(int).tolist())
+
+
+def _shown_seconds(metadata: VideoMetadata, first: int, last: int) -> float:
+    """How long frames ``first`` to ``last`` are shown; at a variable rate that does not follow from their number."""
+    if last - first + 1 == metadata.total_num_frames:
+        return metadata.duration
+    has_next = last + 1 < metadata.total_num_frames
+    end = metadata.timestamps[last + 1] if has_next else max(metadata.duration, metadata.timestamps[last])
+    return float(end - metadata.timestamps[first])
 
 
 def _floor(value: float) -> int:
