@@ -1,5 +1,6 @@
 """Files that are no good, readers that change their mind: a clear error, soon, and nothing left behind."""
 
+import io
 import os
 import struct
 import subprocess
@@ -7,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from filmstrip.errors import MediaDecodeError, MediaTooLargeError
 from filmstrip.media.source import BytesSource
@@ -49,6 +51,14 @@ def test_files_that_are_no_videos(clip, sound, capfd):
         assert "0x" not in caught.value.message, name
         assert "<" not in caught.value.message, name
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_a_picture_is_refused_with_advice(format):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), (200, 30, 90)).save(file, format)
+    with pytest.raises(MediaDecodeError, match="not a video; send it as image_url"):
+        open_video(BytesSource(file.getvalue()))
 
 
 @pytest.mark.parametrize(

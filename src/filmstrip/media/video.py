@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from filmstrip.errors import MediaDecodeError
 from filmstrip.media.decoders.base import VideoReader
 from filmstrip.media.decoders.pyav import PyAVReader
 from filmstrip.media.patches import PatchWriter
+from filmstrip.media.sniff import sniff
 from filmstrip.media.source import MediaSource
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import FramePlan
@@ -22,7 +24,13 @@ __all__ = ["VideoReader", "open_video", "read_frames", "read_patches"]
 
 
 def open_video(source: MediaSource, *, max_pixels: int | None = None) -> VideoReader:
-    """Scan a video's index; raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``."""
+    """Scan a video's index; raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``.
+
+    A GIF is a video, moving or not; any other picture is refused with the advice to send it as one.
+    """
+    kind = sniff(source)
+    if kind.kind == "image" and kind.format != "GIF":
+        raise MediaDecodeError(f"this is {kind}, not a video; send it as image_url")
     return PyAVReader(source, max_pixels=max_pixels)
 
 
