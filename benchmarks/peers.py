@@ -1,10 +1,15 @@
-"""The peers of ``chat.py``, run with the peers' own Python: ``peers.py serve ARGUMENTS...`` or ``peers.py generate MODEL``.
+"""The peers of ``chat.py``, run with the peers' own Python.
+
+    peers.py serve ARGUMENTS... | generate MODEL | versions
 
 ``serve`` is ``transformers serve``. ``generate`` reads one JSON object per line (video, question, num_frames,
 max_new_tokens) and answers each with one line: seconds to the first token, seconds altogether, the tokens.
 """
 
+import contextlib
+import importlib.metadata
 import json
+import platform
 import sys
 import time
 
@@ -67,8 +72,19 @@ def generate(path):
         print(json.dumps(answer), flush=True)
 
 
+def versions():
+    """What takes part here, as one JSON object: torchcodec decodes where it is installed, else another library does."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "torchvision", "torchcodec", "av", "fastapi", "uvicorn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2:])
-    else:
+    elif sys.argv[1] == "generate":
         generate(sys.argv[2])
+    else:
+        versions()
