@@ -136,7 +136,9 @@ class PyAVReader:
             with av.open(
                 self._source.open(),
                 mode="r",
-                options={"format_whitelist": _FORMATS},
+                # Not "options": these go to the streams as well, and PyAV before version 18 then crashes the process on
+                # files whose streams appear while they are probed (FLV, MPEG program streams).
+                container_options={"format_whitelist": _FORMATS},
                 io_open=_refuse,
                 metadata_errors="ignore",
             ) as container:
@@ -230,9 +232,8 @@ class PyAVReader:
             work()
         else:
             with ThreadPoolExecutor(num_workers, thread_name_prefix="filmstrip-decode") as threads:
-                running = [threads.submit(work) for _ in range(num_workers)]
                 try:
-                    wait(running)
+                    wait([threads.submit(work) for _ in range(num_workers)])
                 except BaseException as error:  # Ctrl-C: the threads must end before the pool can
                     delivery.fail(error)
                     raise
