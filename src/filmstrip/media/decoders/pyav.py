@@ -42,6 +42,8 @@ _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
 _CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mpeg1video"})
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
+_MAX_ORDER_CHECK_FRAMES = 64
+"""Frames decoded to see whether they come out in the order of their times, where that is in doubt."""
 _FALLBACK_FPS = 25.0
 _MAX_LEAD_GOPS = 1
 # From version 17 on, PyAV converts colours with as many threads as there are cores, started anew for each frame; the
@@ -86,6 +88,8 @@ class PyAVReader:
             self._index = _scan(container, stream)
             if not len(self._index.display):
                 raise MediaDecodeError("the video has no frames")
+            if self._times_mislead(stream):
+                self._index = dataclasses.replace(self._index, times_identify=False)
             self._time_base = float(stream.time_base)
             first = self._first_frame(container, stream)
             self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
@@ -165,6 +169,23 @@ class PyAVReader:
                 f"the video's frames have {width} x {height} = {width * height} pixels; the limit is {self._max_pixels} "
                 "(max_image_pixels, --max-image-pixels)"
             )
+
+    def _times_mislead(self, stream: Any) -> bool:
+        """Whether packets are timed in coded order although their frames are shown in another.
+
+        Copying H.264 or MPEG-4 from a file without times (AVI, a bare stream) into one that needs them makes such files:
+        each packet gets the next time, and frames leave the decoder with their times shuffled. They have to be counted.
+        """
+        index = self._index
+        in_coded_order = bool((np.diff(index.times) > 0).all())
+        if not (index.times_identify and in_coded_order and stream.codec_context.has_b_frames):
+            return False
+        with self._open() as (container, first):
+            _use_threads(first, 1)
+            packets = itertools.chain(_packets(container, first), (None,))
+            frames = (frame for packet in packets for frame in _decode(first, packet))
+            times = [frame.pts for frame in itertools.islice(frames, _MAX_ORDER_CHECK_FRAMES)]
+        return any(earlier is None or later is None or later <= earlier for earlier, later in itertools.pairwise(times))
 
     def _first_frame(self, container: Any, stream: Any) -> Any:
         """The first frame that decodes, of a size that is allowed."""
@@ -518,8 +539,12 @@ def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Packets of the stream, from where the container stands, until the file ends or breaks."""
-    with contextlib.suppress(av.error.FFmpegError):
+    """Packets of the stream, from where the container stands, until the file ends or breaks.
+
+    Where a stream appears midway, as in broadcasts, PyAV raises IndexError after the last packet: it ends every stream that
+    the file has by then, and knows those it had at the beginning.
+    """
+    with contextlib.suppress(av.error.FFmpegError, IndexError):
         for packet in container.demux(stream):
             if packet.size:
                 yield packet
