@@ -365,12 +365,12 @@ def table(results):
     machine = results["machine"]
     settings = results["settings"]
     size = "0.1B" if settings["checkpoint"] == SIZES["full"] else "tiny"
-    same = {True: "Filmstrip gave the same tokens as `generate`. ", None: ""}
+    same = {True: "Filmstrip gave the same text as `generate`. ", None: ""}
     rows.append(
         f"\nTwo questions about a clip of one's own ({settings['clip']}; {settings['num_frames']} frames, "
         f"{settings['max_tokens']} new tokens), random {size} checkpoint in fp32, "
         f"{machine['cores_used']} cores of {machine['cpu']}; medians of {rounds} interleaved rounds. "
-        + same.get(results["same_answers"], "Filmstrip gave not the same tokens as `generate`. ")
+        + same.get(results["same_answers"], "Filmstrip gave not the same text as `generate`. ")
         + f"`{results['command']}`"
     )
     return "\n".join(rows)

@@ -21,6 +21,8 @@ class MediaConfig:
     """Directory that media may be read from with file:// or a path; without it, from nowhere."""
     allow_private_media_urls: bool = False
     """Download media from addresses that are not public, too."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """Host name that media may be downloaded from, redirects included; any public one if none is given."""
     max_media_bytes: int = 2 * 1024**3
     """Largest media file, in bytes."""
     fetch_timeout_seconds: float = 60.0
@@ -33,13 +35,29 @@ class MediaConfig:
     """Largest picture or video frame, in pixels before resizing."""
     max_video_frames: int = 2048
     """Most frames taken from one video, whatever a request asks."""
+    max_video_duration_seconds: float | None = None
+    """Longest part of a video that may be looked at, in seconds; any length if not given."""
+    max_time_series_values: int = 50_000_000
+    """Largest time series, in values: samples times channels."""
+    max_time_series_channels: int = 4096
+    """Most channels of a time series."""
     max_items_per_request: int = 64
     """Most images and videos in one request."""
+    video_decoder: str = "pyav"
+    """Library that decodes videos: pyav, torchcodec, decord, opencv or torchvision."""
+    allowed_video_decoders: tuple[str, ...] = ()
+    """Library that a request may choose with media_io_kwargs.video.backend; only the server's own if none is given."""
     num_decode_threads: int | None = None
     """Threads that decode, over all requests; as many as this process may use cores if not given."""
+    decode_timeout_seconds: float = 300.0
+    """Longest time that opening and decoding one item may take."""
+    max_decode_memory_gb: float = 4.0
+    """Memory that decoding one item may take, in GiB, its result not counted."""
     video: FrameSampling = FrameSampling()
     media_cache_gb: float = 1.0
     """Memory for processed media kept for the next question about the same clip, in GiB."""
+    download_cache_gb: float = 2.0
+    """Room for downloads kept for the next question about the same URL, in GiB, in memory or temporary files."""
 
 
 @dataclass(frozen=True)

@@ -79,25 +79,34 @@ class PixelLimits:
 
 @dataclass(frozen=True)
 class FrameTiming:
-    """Timing of frames sampled by the client (``data:video/jpeg``); all None means 2 fps is assumed."""
+    """Timing of frames sampled by the client (``data:video/jpeg``); all None means 2 fps is assumed.
+
+    ``timestamps`` are the frames' own times in seconds and exclude the other ways to say them.
+    """
 
     fps: float | None = None
     frames_indices: tuple[int, ...] | None = None
     total_num_frames: int | None = None
     duration: float | None = None
+    timestamps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One image or video of a request, in prompt order.
+    """One image, video or time series of a request, in prompt order.
 
-    Exactly one of ``url`` (http, https, file, data or a plain path) and ``data`` (a PIL image, or an array of frames
-    (T, H, W, 3) uint8; Python API only) is set. ``param`` is the request field it came from, for error messages.
+    Exactly one of ``url`` (http, https, file, data or a plain path), ``frame_urls`` (a video's frames, chosen by the client,
+    each a URL of its own) and ``data`` (a PIL image, an array of frames (T, H, W, 3) uint8, or an array of samples (T, C);
+    Python API only) is set. ``sampling_rate`` is a time series' samples per second, if said. ``video_decoder`` is the decoder
+    that the request asks for. ``param`` is the request field it came from, for error messages.
     """
 
     type: Modality
     url: str | None = None
     data: Any = None
+    frame_urls: tuple[str, ...] = ()
+    sampling_rate: float | None = None
+    video_decoder: str | None = None
     sampling: FrameSampling = FrameSampling()
     timing: FrameTiming = FrameTiming()
     pixels: PixelLimits = PixelLimits()
@@ -131,6 +140,21 @@ class ImageMetadata:
     height: int
     width: int
     format: str = ""
+
+
+@dataclass(frozen=True)
+class TimeSeriesMetadata:
+    """What a time series file says about itself: samples, values in each, and samples per second (None: not known)."""
+
+    num_samples: int
+    num_channels: int
+    sampling_rate: float | None = None
+    format: str = ""
+
+    @property
+    def duration(self) -> float | None:
+        """Length in seconds, if the rate is known."""
+        return None if self.sampling_rate is None else self.num_samples / self.sampling_rate
 
 
 @dataclass(frozen=True)
