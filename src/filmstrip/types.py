@@ -95,7 +95,7 @@ class FrameTiming:
 class MediaItem:
     """One image, video or time series of a request, in prompt order.
 
-    Exactly one of ``url`` (http, https, file, data or a plain path), ``frame_urls`` (a video's frames, chosen by the client,
+    Exactly one of ``url`` (http, https, file, data or a plain path), ``frame_urls`` (a video's frames, picked by the client,
     each a URL of its own) and ``data`` (a PIL image, an array of frames (T, H, W, 3) uint8, or an array of samples (T, C);
     Python API only) is set. ``sampling_rate`` is a time series' samples per second, if said. ``video_decoder`` is the decoder
     that the request asks for. ``param`` is the request field it came from, for error messages.

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from filmstrip import channel
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.engine.client import EngineClient, environment
@@ -135,9 +136,9 @@ def sleeper():
 @pytest.mark.parametrize(
     "rubbish",
     [
-        messages.HEADER.pack(3, 0) + b"\xc1\xc1\xc1",
-        messages.HEADER.pack(4, 0) + messages.encode("abc"),
-        messages.HEADER.pack(100, 0) + b"cut",
+        channel.HEADER.pack(3, 0) + b"\xc1\xc1\xc1",
+        channel.HEADER.pack(4, 0) + messages.encode("abc"),
+        channel.HEADER.pack(100, 0) + b"cut",
     ],
 )
 async def test_an_engine_that_talks_rubbish_is_ended(sleeper, rubbish):

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filmstrip import channel
 from filmstrip.engine import messages
 from filmstrip.types import ProcessedPrompt, SamplingParams
 from tests.fakes import feature, prompt
@@ -61,7 +62,7 @@ def through_a_socket(message, descriptors, sizes, count=1):
         parts = messages.frame_parts(message, descriptors) * count
         sender = threading.Thread(target=send_in_pieces, args=(ours, parts, sizes))
         sender.start()
-        reader = messages.FrameReader(theirs)
+        reader = channel.FrameReader(theirs)
         frames = [reader.read() for _ in range(count)]
         sender.join()
     return frames

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from filmstrip import channel
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.types import SamplingParams
@@ -39,7 +40,7 @@ def test_a_prompt_arrives_as_it_was_sent(connections):
     sent = prompt(60, feature(5, num_segments=6, length=4), feature(40, content=2, modality="image"), seed=3)
     params = SamplingParams(max_tokens=5, temperature=0.5, stop_token_ids=(3, 4), seed=9)
     send(left, *messages.add_request("a", sent, params, (1, 2)))
-    payload, descriptors = messages.FrameReader(right).read()
+    payload, descriptors = channel.FrameReader(right).read()
     message = messages.decode_to_engine(payload)
     got = messages.processed_prompt(message, descriptors)
     assert (message.request_id, message.params, message.stop_token_ids) == ("a", params, (1, 2))
@@ -56,7 +57,7 @@ def test_a_prompt_arrives_as_it_was_sent(connections):
 def test_a_prompt_without_positions_and_media(connections):
     left, right = connections
     send(left, *messages.add_request("a", prompt(5, mrope=False), SamplingParams(), ()))
-    payload, descriptors = messages.FrameReader(right).read()
+    payload, descriptors = channel.FrameReader(right).read()
     assert messages.processed_prompt(messages.decode_to_engine(payload), descriptors).positions is None
 
 
@@ -68,7 +69,7 @@ def test_more_descriptors_than_one_message_may_carry(connections, count):
     frames = [messages.add_request("a", sent, SamplingParams(), ()), (messages.Abort("b"), [])]
     sender = threading.Thread(target=lambda: (send(left, *frames[0]), send(left, *frames[1])))
     sender.start()
-    reader = messages.FrameReader(right)
+    reader = channel.FrameReader(right)
     payload, descriptors = reader.read()
     got = messages.processed_prompt(messages.decode_to_engine(payload), descriptors)
     assert [f.patches.array[0, 0] for f in got.features] == [i % 256 for i in range(count)]
@@ -85,7 +86,7 @@ def test_a_process_without_room_for_descriptors_loses_only_those(connections):
     send(left, *messages.add_request("a", sent, SamplingParams(), ()))
     send(left, messages.Abort("b"))
     send(left, *messages.add_request("c", sent, SamplingParams(), ()))
-    reader, before = messages.FrameReader(right), open_files()
+    reader, before = channel.FrameReader(right), open_files()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(right.fileno())
     os.close(lowest_free)
@@ -100,7 +101,7 @@ def test_a_process_without_room_for_descriptors_loses_only_those(connections):
     assert messages.decode_to_engine(reader.read()[0]) == messages.Abort("b")
     payload, descriptors = reader.read()
     assert len(descriptors) == 10
-    messages.close_all(descriptors)
+    channel.close_all(descriptors)
 
 
 def test_a_message_that_does_not_fit_its_pixels_closes_them():
@@ -125,7 +126,7 @@ def test_the_end_of_a_stream(connections):
     send(left, messages.Start(EngineConfig("m", num_threads=3)))
     left.sendall(b"\1\0\0")
     left.close()
-    reader = messages.FrameReader(right)
+    reader = channel.FrameReader(right)
     assert messages.decode_to_engine(reader.read()[0]) == messages.Start(EngineConfig("m", num_threads=3))
     assert reader.read() is None
     assert reader.read() is None

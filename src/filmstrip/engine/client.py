@@ -12,10 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from filmstrip import channel
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.engine.engine import StepOutput
@@ -194,7 +195,7 @@ class EngineClient:
         if not frame.cancelled():
             frame.exception()  # whoever waited for it has it; if nobody does, there is nobody to tell
 
-    async def _send_frame(self, parts: list[tuple[bytes, list[int]]], keep_alive: object) -> None:
+    async def _send_frame(self, parts: list[tuple[bytes, Sequence[int]]], keep_alive: object) -> None:
         async with self._send_lock:
             self._check_alive()
             try:
@@ -208,11 +209,11 @@ class EngineClient:
             finally:
                 del keep_alive
 
-    async def _send_part(self, data: memoryview, descriptors: list[int]) -> None:
+    async def _send_part(self, data: memoryview, descriptors: Sequence[int]) -> None:
         while data:
             try:
                 if descriptors:
-                    sent = socket.send_fds(self._connection, [data], descriptors)
+                    sent = socket.send_fds(self._connection, [data], list(descriptors))
                 else:
                     sent = self._connection.send(data)
             except BlockingIOError:
@@ -239,7 +240,7 @@ class EngineClient:
     async def _read(self) -> None:
         try:
             while True:
-                num_bytes, _ = messages.HEADER.unpack(await self._receive(messages.HEADER.size))
+                num_bytes, _ = channel.HEADER.unpack(await self._receive(channel.HEADER.size))
                 self._handle(messages.decode_to_client(await self._receive(num_bytes)))
         except (OSError, EOFError):
             self._die(await self._how_it_ended())

@@ -1,22 +1,19 @@
 """What goes between the client and the engine process, and how: typed MessagePack frames, pixels as file descriptors.
 
-A frame is its length, the number of descriptors, the descriptors (each group attached to one filler byte) and the message.
-Nothing is pickled: a peer can send wrong values but no code. A descriptor can get lost, when a process has too many files
-open; the frame around it stays readable.
+Nothing is pickled: a peer can send wrong values but no code. How frames are made is :mod:`filmstrip.channel`'s.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from filmstrip import channel
+from filmstrip.channel import close_all
 from filmstrip.config import EngineConfig
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import (
@@ -28,10 +25,6 @@ from filmstrip.types import (
     ProcessedPrompt,
     SamplingParams,
 )
-
-HEADER = struct.Struct("<IH")
-MAX_DESCRIPTORS_PER_BYTE = 128
-"""Descriptors attached to one filler byte; Linux takes up to 253 in one message."""
 
 
 class Feature(msgspec.Struct):
@@ -175,61 +168,6 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
     return ProcessedPrompt(message.token_ids, tuple(features), positions, message.position_delta)
 
 
-def close_all(descriptors: Iterable[int]) -> None:
-    """Close descriptors that nobody took over."""
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def frame_parts(message: ToEngine | ToClient, descriptors: list[int]) -> list[tuple[bytes, list[int]]]:
+def frame_parts(message: ToEngine | ToClient, descriptors: list[int]) -> list[tuple[bytes, Sequence[int]]]:
     """A frame as pieces to send in order, each with the descriptors attached to it."""
-    payload = encode(message)
-    groups = [
-        descriptors[start : start + MAX_DESCRIPTORS_PER_BYTE]
-        for start in range(0, len(descriptors), MAX_DESCRIPTORS_PER_BYTE)
-    ]
-    return [
-        (HEADER.pack(len(payload), len(descriptors)), []),
-        *((b"\0", group) for group in groups),
-        (payload, []),
-    ]
-
-
-class FrameReader:
-    """Reads frames from a blocking Unix stream socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._descriptors: list[int] = []
-
-    def read(self) -> tuple[bytes, list[int] | None] | None:
-        """The next message's bytes and descriptors, None at the end of the stream.
-
-        None instead of the descriptors if some did not arrive, because this process has no room for them; those that did
-        are closed.
-        """
-        header = self._read_exactly(HEADER.size)
-        if header is None:
-            return None
-        num_bytes, num_descriptors = HEADER.unpack(header)
-        num_groups = -(-num_descriptors // MAX_DESCRIPTORS_PER_BYTE)
-        payload = self._read_exactly(num_groups + num_bytes)
-        if payload is None:
-            return None
-        descriptors, self._descriptors = self._descriptors, []
-        if len(descriptors) != num_descriptors:
-            close_all(descriptors)
-            return payload[num_groups:], None
-        return payload[num_groups:], descriptors
-
-    def _read_exactly(self, num_bytes: int) -> bytes | None:
-        buffer = bytearray()
-        while len(buffer) < num_bytes:
-            data, descriptors, _, _ = socket.recv_fds(
-                self._connection, min(num_bytes - len(buffer), 1 << 20), MAX_DESCRIPTORS_PER_BYTE
-            )
-            self._descriptors.extend(descriptors)
-            if not data:
-                return None
-            buffer += data
-        return bytes(buffer)
+    return channel.frame_parts(encode(message), descriptors)

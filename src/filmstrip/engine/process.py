@@ -19,6 +19,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from filmstrip import channel
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
 from filmstrip.engine.engine import Engine, StepOutput
@@ -153,7 +154,7 @@ def _token_output(output: StepOutput) -> messages.TokenOutput:
 
 def _read(connection: socket.socket, incoming: Incoming) -> None:
     """Read frames until the client goes; then the process has no reason to live, even in the middle of a step."""
-    reader, parent = messages.FrameReader(connection), os.getppid()
+    reader, parent = channel.FrameReader(connection), os.getppid()
     try:
         while _wait_for_data(connection, parent) and (frame := reader.read()) is not None:
             payload, descriptors = frame
