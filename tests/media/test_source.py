@@ -8,7 +8,7 @@ import time
 import pytest
 
 from filmstrip.media import source as source_module
-from filmstrip.media.source import BytesSource, FileSource, SpooledBytes
+from filmstrip.media.source import BytesSource, FileSource, SpanSource, SpooledBytes, pack
 
 DATA = os.urandom(200_000)
 
@@ -148,7 +148,9 @@ def test_spooled_bytes_come_back(max_memory_bytes, monkeypatch, tmp_path):
     for position in range(0, len(DATA), 70_000):
         spool.write(DATA[position : position + 70_000])
     source = spool.finish()
-    assert isinstance(source, BytesSource if max_memory_bytes == 10**6 else FileSource)
+    assert isinstance(source, FileSource)
+    with pytest.raises(OSError):  # decoders get the descriptor, and must not change what others read
+        os.write(source.fd, b"x")
     assert (source.num_bytes, source.content_hash) == (len(DATA), hashlib.sha256(DATA).hexdigest())
     assert source.open().read() == DATA
     assert list(tmp_path.iterdir()) == []
@@ -178,3 +180,23 @@ def test_large_contents_hash_alike_from_bytes_files_and_streams(tmp_path, monkey
     assert BytesSource(data).content_hash == expected
     assert FileSource(os.open(path, os.O_RDONLY)).content_hash == expected
     assert spool.finish().content_hash == expected
+
+
+def test_pictures_are_packed_behind_one_descriptor(tmp_path):
+    pieces = [b"first", b"", DATA, b"last"]
+    sources = [BytesSource(piece) for piece in pieces]
+    whole, spans = pack(sources)
+    assert whole.num_bytes == sum(map(len, pieces))
+    assert [SpanSource(whole, *span).open().read() for span in spans] == pieces
+    assert len({SpanSource(whole, *span).content_hash for span in spans}) == len(pieces)
+    for start, stop in ((-1, 2), (3, 2), (0, whole.num_bytes + 1)):
+        with pytest.raises(ValueError):
+            SpanSource(whole, start, stop)
+
+
+def test_a_source_behind_a_descriptor_is_not_copied(tmp_path):
+    (tmp_path / "data").write_bytes(DATA)
+    source = FileSource(os.open(tmp_path / "data", os.O_RDONLY))
+    assert source_module.file_source(source) is source
+    copied = source_module.file_source(BytesSource(DATA))
+    assert (copied.open().read(), copied.content_hash) == (DATA, source.content_hash)

@@ -9,13 +9,15 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 _CHUNK_BYTES = 1 << 20
 _HASH_CHUNK_BYTES = 32 << 20
 """Larger contents are hashed in pieces of this size, several at a time: one core hashes slower than a disk reads."""
 _MAX_HASH_THREADS = 4
+_MAX_PACKED_MEMORY_BYTES = 32 << 20
 _MAX_REMEMBERED_FILES = 1024
 # A file changed less than this ago may change again without its time stamp showing it (clocks of file systems are coarse).
 _SETTLED_SECONDS = 3.0
@@ -70,7 +72,7 @@ def _hash_of_bytes(data: bytes) -> str:
 
 
 class BytesSource:
-    """Bytes in memory (a download or a data URL)."""
+    """Bytes that a caller of the Python API holds in memory."""
 
     def __init__(self, data: bytes, content_hash: str | None = None) -> None:
         """Keep ``data``; ``content_hash`` is its hash if known already."""
@@ -92,62 +94,110 @@ class FileSource:
         ``content_hash`` is the hash of its bytes if known already; otherwise the file is read now, unless one with the
         same identity (inode, size, times) was read before. Setting ``cancel`` stops that reading with InterruptedError.
         """
-        self._fd = fd
+        self.fd = fd
         self.num_bytes = os.fstat(fd).st_size
         self.content_hash = content_hash or _FILE_HASHES.hash_of(self, fd, cancel)
 
     def open(self) -> BinaryIO:
         """A buffered reader with a position of its own."""
-        return io.BufferedReader(_PositionalReader(self, self._fd, self.num_bytes), 1 << 16)
+        return io.BufferedReader(_PositionalReader(self, self.fd, self.num_bytes), 1 << 16)
 
     def __del__(self) -> None:
-        fd, self._fd = getattr(self, "_fd", -1), -1
+        fd, self.fd = getattr(self, "fd", -1), -1
         if fd >= 0:
             os.close(fd)
+
+
+class SpanSource:
+    """A part of another source: bytes ``start`` to ``stop`` of it, one of many pictures packed into one file."""
+
+    def __init__(self, whole: FileSource, start: int, stop: int) -> None:
+        """Raises ValueError if there is no such part."""
+        if not 0 <= start <= stop <= whole.num_bytes:
+            raise ValueError(f"no part from {start} to {stop} in {whole.num_bytes} bytes")
+        self._whole, self._start = whole, start
+        self.num_bytes = stop - start
+        self.content_hash = f"{whole.content_hash}:{start}-{stop}"
+
+    def open(self) -> BinaryIO:
+        """A ``BytesIO`` with a copy of the part."""
+        return io.BytesIO(os.pread(self._whole.fd, self.num_bytes, self._start))
 
 
 class SpooledBytes:
     """Bytes that arrive bit by bit, kept in memory while they are few and in a nameless temporary file after that.
 
-    Used by one thread at a time. :meth:`finish` gives what arrived as a source; without it everything is freed with this
-    object.
+    Either way they stand behind a file descriptor, which other processes can be given. Used by one thread at a time.
+    :meth:`finish` gives what arrived as a source; without it everything is freed with this object.
     """
 
     def __init__(self, max_memory_bytes: int) -> None:
         self.num_bytes = 0
         self._max_memory_bytes = max_memory_bytes
-        self._chunks: list[bytes] = []
-        self._file: BinaryIO | None = None
+        self._file = _memory_file()
+        self._is_in_memory = True
         self._digest = ContentHash()
 
     def write(self, chunk: bytes) -> None:
         """Add ``chunk``; raises OSError where the disk is full."""
         self._digest.update(chunk)
+        if self._is_in_memory and self.num_bytes + len(chunk) > self._max_memory_bytes:
+            self._move_to_disk()
         self.num_bytes += len(chunk)
-        if self._file is None:
-            self._chunks.append(chunk)
-            if self.num_bytes > self._max_memory_bytes:
-                self._file = tempfile.TemporaryFile(prefix="filmstrip-", buffering=0)  # noqa: SIM115  (closed by finish or with the object)
-                self._write_file(b"".join(self._chunks))
-                self._chunks.clear()
-        else:
-            self._write_file(chunk)
+        _write_all(self._file, chunk)
 
-    def finish(self) -> MediaSource:
-        """All bytes as a source; nothing may be written after."""
-        content_hash = self._digest.hexdigest()
-        if self._file is None:
-            data = b"".join(self._chunks)
-            self._chunks.clear()
-            return BytesSource(data, content_hash)
+    def finish(self) -> FileSource:
+        """All bytes as a source, which nobody can write to; nothing may be written after."""
         with self._file as file:
-            return FileSource(os.dup(file.fileno()), content_hash)
+            return FileSource(_read_only(file.fileno()), self._digest.hexdigest())
 
-    def _write_file(self, chunk: bytes) -> None:
-        assert self._file is not None
-        view = memoryview(chunk)
-        while view:
-            view = view[self._file.write(view) :]
+    def _move_to_disk(self) -> None:
+        on_disk = tempfile.TemporaryFile(prefix="filmstrip-", buffering=0)  # noqa: SIM115  (closed by finish or with the object)
+        with self._file as memory:
+            position = 0
+            while chunk := os.pread(memory.fileno(), _CHUNK_BYTES, position):
+                _write_all(on_disk, chunk)
+                position += len(chunk)
+        self._file, self._is_in_memory = on_disk, False
+
+
+def file_source(source: MediaSource) -> FileSource:
+    """``source`` behind a descriptor, its bytes copied into memory of their own if they do not stand behind one already."""
+    return source if isinstance(source, FileSource) else pack([source])[0]
+
+
+def pack(sources: Sequence[MediaSource]) -> tuple[FileSource, list[tuple[int, int]]]:
+    """All of ``sources`` one after the other behind one descriptor, and where each begins and ends."""
+    spool = SpooledBytes(_MAX_PACKED_MEMORY_BYTES)
+    spans = []
+    for source in sources:
+        start = spool.num_bytes
+        with source.open() as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                spool.write(chunk)
+        spans.append((start, spool.num_bytes))
+    return spool.finish(), spans
+
+
+def _memory_file() -> Any:
+    """A file in memory that has no name; where the system has none (macOS), a nameless one on disk."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("filmstrip-media", os.MFD_CLOEXEC), "r+b", buffering=0)
+    return tempfile.TemporaryFile(prefix="filmstrip-", buffering=0)
+
+
+def _read_only(fd: int) -> int:
+    """A new descriptor of the same file through which it cannot be written: decoders, which get it, may be taken over."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no /proc: not Linux
+        return os.dup(fd)
+
+
+def _write_all(file: Any, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _hash_of_file(fd: int, num_bytes: int, cancel: threading.Event | None) -> str:
