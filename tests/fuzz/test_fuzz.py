@@ -1,0 +1,79 @@
+"""A slice of the fuzzing that every run of the tests repeats, and what longer runs have found."""
+
+import random
+import warnings
+
+import pytest
+
+from filmstrip.types import Modality
+from tests.fuzz.mutate import MAX_BYTES, mutate
+from tests.fuzz.runner import Case, Fuzzer, fuzz, load_seeds, make_case
+
+SEED, NUM_FILES = 3, 1500
+
+
+@pytest.mark.timeout(280)
+def test_damaged_files_give_a_result_or_an_error_and_leave_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of much of what it is given here
+        report = fuzz(SEED, 0, NUM_FILES)
+    assert report.failures == []
+    assert report.num_files == NUM_FILES
+    # A slice in which everything, or nothing, got through would test nothing.
+    assert NUM_FILES // 20 < report.outcomes["decoded"] < NUM_FILES // 2
+
+
+def test_a_file_can_be_made_again_from_its_number():
+    seeds = load_seeds()
+    assert [make_case(5, number, seeds) for number in range(200)] == [
+        make_case(5, number, seeds) for number in range(200)
+    ]
+    assert make_case(5, 7, seeds) != make_case(6, 7, seeds)
+
+
+@pytest.mark.parametrize("name", sorted(load_seeds()))
+def test_every_seed_is_damaged_in_many_ways(name):
+    seeds = load_seeds()
+    rng = random.Random(name)
+    damaged = [mutate(seeds[name], rng, list(seeds.values())) for _ in range(300)]
+    assert len(set(damaged)) > 250
+    assert max(map(len, damaged)) <= MAX_BYTES
+    # Edits that keep most of the file: damage that stops every parser at its first check finds nothing.
+    assert sum(len(data) >= len(seeds[name]) // 2 for data in damaged) > 150
+
+
+class Leaky(Fuzzer):
+    """A run whose files leave a descriptor, a thread's worth of memory or a wrong exception behind."""
+
+    async def _load(self, loader, case):
+        await super()._load(loader, case)
+        if case.number >= 0:
+            self.leak()
+
+
+def leaky(leak, folder):
+    fuzzer = Leaky(folder, limit_seconds=5.0)
+    fuzzer.leak = leak
+    return fuzzer
+
+
+async def test_a_leak_of_descriptors_and_files_is_noticed(tmp_path):
+    held = []
+
+    def leak():
+        held.append((tmp_path / f"left-{len(held)}").open("w"))
+
+    report = await leaky(leak, tmp_path).run([Case(0, "rgb.png", Modality.IMAGE, "data", load_seeds()["rgb.png"])])
+    for file in held:
+        file.close()
+    assert any("fds" in failure for failure in report.failures)
+    assert any("files" in failure for failure in report.failures)
+
+
+async def test_an_exception_that_is_none_of_ours_is_a_failure(tmp_path):
+    def leak():
+        raise ZeroDivisionError("as if by a decoder")
+
+    report = await leaky(leak, tmp_path).run([Case(0, "rgb.png", Modality.IMAGE, "data", load_seeds()["rgb.png"])])
+    assert [failure.partition(":")[0] for failure in report.failures] == ["unexpected"]
+    assert "file 0 (rgb.png as image, data)" in report.failures[0]
