@@ -1,0 +1,210 @@
+"""A server under attack and the rules that each of its refusals must keep; knows the HTTP API and nothing below it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx2
+import pytest
+from PIL import Image
+
+from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ServerConfig
+from filmstrip.llm import AsyncLLM
+from filmstrip.media.fetch import Fetcher
+from filmstrip.server.app import create_app
+from filmstrip.server.runner import Server, bind
+from tests.attacks.internet import SECRET, ConnectionWatch, Internet
+
+NAME = "tiny"
+MODALITIES = ("image_url", "video_url", "time_series_url")
+ANSWER_SECONDS = 30.0
+"""Longest time until any answer: beyond it a request counts as hung."""
+FETCH_SECONDS = 1.0
+MAX_MEDIA_BYTES = 8 * 1024**2
+MAX_ITEMS = 8
+
+_LEAKS = {
+    "an address in memory": re.compile(r"0x[0-9a-fA-F]{4,}"),
+    "a traceback": re.compile(r'Traceback|File "|line \d+, in|\.py\b'),
+    "a Python object": re.compile(r"<[a-zA-Z_]+[. ][^>]*>"),
+    "a network address": re.compile(r"\b\d+\.\d+\.\d+\.\d+\b(?!/)|::1|\[::"),
+    "a path of the system": re.compile(r"(?<![\w.])/(etc|proc|dev|tmp|root|home|usr|var|work)\b"),
+    "the site's bytes": re.compile(SECRET),
+}
+WATCH = ConnectionWatch()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack: a part's URL (or the whole body's fields) and what it may cause.
+
+    ``max_hits`` is how many requests the public site may see; the canary may never see one. ``codes`` are the error codes
+    that are right, any if empty. ``words`` must be in the message.
+    """
+
+    name: str
+    url: str = ""
+    modalities: tuple[str, ...] = MODALITIES
+    max_hits: int = 0
+    codes: tuple[str, ...] = ()
+    words: str = ""
+    part: dict[str, Any] = field(default_factory=dict)
+    """Settings beside the URL."""
+    body: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the request."""
+    param: str | None = None
+    """The field at fault, if it is not the part's URL."""
+
+
+def expand(cases: Iterable[Case]) -> list[Any]:
+    """Every case for every modality, answered whole and streamed, as parameters of a test."""
+    return [
+        pytest.param(case, kind, stream, id=f"{case.name}-{kind}-{'stream' if stream else 'whole'}")
+        for case in cases
+        for kind in case.modalities
+        for stream in (False, True)
+    ]
+
+
+def attacks(cases: Iterable[Case]) -> Any:
+    """Decorator of a test that takes ``case``, ``kind`` and ``stream``."""
+    return pytest.mark.parametrize(("case", "kind", "stream"), expand(cases))
+
+
+def question(url: str, kind: str, **part: Any) -> list[dict[str, Any]]:
+    """A conversation about one item."""
+    parts = [{"type": kind, kind: {"url": url, **part}}, {"type": "text", "text": "What is it?"}]
+    return [{"role": "user", "content": parts}]
+
+
+def data_url(data: bytes, media_type: str) -> str:
+    """``data`` as a data URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+class AttackedServer:
+    """The whole server on a free port, whose fetcher sees a hostile internet; on an event loop in its own thread."""
+
+    def __init__(self, model: str, media_path: Path, clip: bytes, folder: Path, **media: Any) -> None:
+        self.internet = Internet(clip, folder)
+        self._clip_url = data_url(clip, "video/mp4")
+        limits = {"fetch_timeout_seconds": FETCH_SECONDS, "max_media_bytes": MAX_MEDIA_BYTES}
+        limits |= {"max_items_per_request": MAX_ITEMS, "max_video_frames": 32, "decode_timeout_seconds": 20.0}
+        settings = {"allow_local_files": False, "allowed_local_media_path": str(media_path), "num_decode_threads": 2}
+        engine = EngineConfig(model, kv_cache_gb=0.05, encoder_cache_gb=0.01, max_model_len=4096, num_threads=2)
+        llm = LLMConfig(engine, MediaConfig(**settings, **limits, **media))
+        self._config = ServerConfig(llm, port=0, served_model_name=NAME)
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), daemon=True)
+        self._num_good = 0
+
+    def __enter__(self) -> AttackedServer:
+        self._thread.start()
+        assert self._ready.wait(120)
+        headers = {"Authorization": "Bearer client-key", "Cookie": "session=client-cookie"}
+        self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
+        ports = {int(self.url.rpartition(":")[2]), self.internet.site.port, self.internet.canary.port}
+        WATCH.expected_ports = {*ports, self.internet.tls_port}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._client.close()
+        self._loop.call_soon_threadsafe(self._server.stop)
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    async def _run(self) -> None:
+        async with self.internet:
+            with self._hostile_fetcher():
+                llm = await AsyncLLM.start(self._config.llm)
+            listener = bind(self._config)
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            self._server = Server(create_app(llm, self._config), self._config)
+            self._loop.call_later(0.2, self._ready.set)
+            try:
+                await self._server.serve(sockets=[listener])
+            finally:
+                await llm.close()
+
+    @contextlib.contextmanager
+    def _hostile_fetcher(self):
+        """Whoever makes a fetcher meanwhile gets one that resolves and dials through :attr:`internet`."""
+        usual = Fetcher.__init__
+
+        def hostile(fetcher: Fetcher, config: MediaConfig, *_: Any, **__: Any) -> None:
+            usual(fetcher, config, self.internet.names, network=self.internet.network)
+
+        with mock.patch.object(Fetcher, "__init__", hostile):
+            yield
+
+    def post(self, messages: list[dict[str, Any]], **body: Any) -> httpx2.Response:
+        """One request; an answer that takes too long is an exception."""
+        whole = {"model": NAME, "max_tokens": 1, "messages": messages, **body}
+        return self._client.post("/v1/chat/completions", json=whole)
+
+    def check_still_good(self) -> None:
+        """A picture that was never seen before must be answered."""
+        self._num_good += 1
+        number = self._num_good
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (number % 256, number // 256 % 256, 77)).save(file, "PNG")
+        answer = self.post(question(data_url(file.getvalue(), "image/png"), "image_url"))
+        assert answer.status_code == 200, answer.text
+
+    def check_refused(self, case: Case, kind: str, stream: bool) -> dict[str, Any]:
+        """Send ``case`` and check the answer, what it caused, and that the server is as good as before."""
+        self.internet.reset()
+        url = case.url.replace("CANARY", str(self.internet.canary.port))
+        with WATCH.watching():
+            answer = self.post(question(url, kind, **case.part), stream=stream, **case.body)
+        error = check_error(answer)
+        self._check_hits(case)
+        own_param = f"messages[0].content[0].{kind}.url"
+        if kind == "time_series_url" and error["param"] == "messages[0].content[0].type":
+            pass  # this model has no such input: refused before anything is looked at
+        else:
+            assert (error["param"] or "").startswith(case.param or own_param), error
+            assert not case.codes or error["code"] in case.codes, error
+            assert case.words in error["message"], error
+        self.check_still_good()
+        return error
+
+    def _check_hits(self, case: Case) -> None:
+        internet = self.internet
+        assert internet.canary.num_connections == 0, internet.canary.requests
+        assert len(internet.site.requests) <= case.max_hits, internet.site.requests
+        assert WATCH.seen == []
+        for head in internet.site.requests:
+            for secret in ("client-key", "client-cookie", "authorization", "cookie", "referer"):
+                assert secret not in head.lower()
+
+
+def check_error(answer: httpx2.Response) -> dict[str, Any]:
+    """The error of ``answer``, which must be an OpenAI error body of status 4xx that shows nothing of the server."""
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:2000])
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert isinstance(error["code"], str)
+    assert error["message"]
+    check_shows_nothing(answer.text)
+    return error
+
+
+def check_shows_nothing(text: str) -> None:
+    """Raise AssertionError if ``text`` has an address, a path, a traceback or bytes that were fetched."""
+    for what, pattern in _LEAKS.items():
+        found = pattern.search(text)
+        assert found is None, f"{what} in the answer: {found.group()!r} in {text[:1000]}"
+    assert len(text) < 2000, f"{len(text)} characters"
