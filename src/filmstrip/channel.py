@@ -93,9 +93,11 @@ class AsyncChannel:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send one frame; raises OSError if the other end is gone."""
+        self._loop = asyncio.get_running_loop()
         for data, attached in frame_parts(payload, descriptors):
             view = memoryview(data)
             while view:
@@ -117,7 +119,12 @@ class AsyncChannel:
         return await self._receive_exactly(num_bytes)
 
     def close(self) -> None:
-        """Close the socket; may be called twice."""
+        """Close the socket; may be called twice, and while a cancelled :meth:`receive` is still being cleaned up."""
+        fd = self._connection.fileno()
+        if fd >= 0 and self._loop is not None and not self._loop.is_closed():
+            # Or the event loop would stop watching whatever gets this number next.
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
         self._connection.close()
 
     async def _writable(self) -> None:

@@ -97,8 +97,8 @@ class MediaItem:
 
     Exactly one of ``url`` (http, https, file, data or a plain path), ``frame_urls`` (a video's frames, picked by the client,
     each a URL of its own) and ``data`` (a PIL image, an array of frames (T, H, W, 3) uint8, or an array of samples (T, C);
-    Python API only) is set. ``sampling_rate`` is a time series' samples per second, if said. ``video_decoder`` is the decoder
-    that the request asks for. ``param`` is the request field it came from, for error messages.
+    Python API only) is set. ``sampling_rate`` is a time series' samples per second, if said, and ``video_decoder`` the
+    decoder that the request asks for. ``param`` is the request field it came from, for error messages.
     """
 
     type: Modality
@@ -131,6 +131,7 @@ class VideoMetadata:
     codec: str = ""
     rotation_degrees: int = 0
     timing_assumed: bool = False
+    has_audio: bool = False
 
 
 @dataclass(frozen=True)

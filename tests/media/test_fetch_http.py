@@ -47,7 +47,7 @@ async def test_a_download_arrives_whole():
     async with serving(replying(CLIP)) as site:
         fetcher, network, _ = fetcher_for(site)
         source = await fetcher.fetch("http://allowed.test/clip.mp4?sig=1#t=3")
-        assert isinstance(source, BytesSource)
+        assert isinstance(source, FileSource)
         assert read(source) == CLIP
         assert source.content_hash == BytesSource(CLIP).content_hash
         assert network.dialled == [(PUBLIC, 80)]

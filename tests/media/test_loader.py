@@ -4,7 +4,6 @@ import asyncio
 import base64
 import dataclasses
 import io
-import threading
 import wave
 
 import av
@@ -21,10 +20,8 @@ from filmstrip.errors import (
     MediaFetchError,
     MediaTooLargeError,
 )
-from filmstrip.media import loader as loader_module
 from filmstrip.media.fetch import Fetcher
 from filmstrip.media.loader import MediaLoader, is_presampled
-from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import FramePlan, FrameTiming, ImageMetadata, MediaItem, Modality, PatchLayout, VideoMetadata
 from tests.media.web import replying, serving
 
@@ -328,157 +325,7 @@ async def test_the_next_item_works_after_a_wrong_one(loader, clip):
     assert (await load(loader, video_item(data_url("video/mp4", clip)), plan_of(0)))[2] == (0,)
 
 
-# Threads, cancelling, closing
-
-
-class FakeVideo:
-    """A video whose reads wait until they are told to end, and that notes what happens to it."""
-
-    def __init__(self):
-        self.metadata = VideoMetadata(1, 1.0, 1.0, 1, 1, np.zeros(1), "fake")
-        self.num_threads = []
-        self.reading = threading.Event()
-        self.may_end = threading.Event()
-        self.cancelled = threading.Event()
-        self.closed_while_reading = False
-        self.num_closed = 0
-        self._num_reading = 0
-
-    def read_patches(self, plan, num_threads, cancel):
-        self.num_threads.append(num_threads)
-        self._num_reading += 1
-        self.reading.set()
-        while not self.may_end.wait(0.005):
-            if cancel.is_set():
-                self.cancelled.set()
-                self._num_reading -= 1
-                raise InterruptedError
-        self._num_reading -= 1
-        return SharedTensor.create((1, 1)), (0,)
-
-    def close(self):
-        self.num_closed += 1
-        self.closed_while_reading = self._num_reading > 0
-
-
-@pytest.fixture
-def videos(monkeypatch, clip):
-    """Every video opened is a :class:`FakeVideo`, in this list."""
-    opened = []
-
-    def open_video(source, *, max_pixels=None):
-        opened.append(FakeVideo())
-        return opened[-1]
-
-    monkeypatch.setattr(loader_module, "open_video", open_video)
-    monkeypatch.setattr(loader_module, "read_patches", lambda video, *args: video.read_patches(*args))
-    return opened
-
-
-async def open_fakes(loader, clip, count):
-    fetched = await loader.fetch(video_item(data_url("video/mp4", clip)))
-    return [await loader.open(fetched) for _ in range(count)]
-
-
-async def wait_for(event):
-    assert await asyncio.to_thread(event.wait, 10)
-
-
-@pytest.mark.parametrize(("count", "shares"), [(1, [4]), (2, [2, 2]), (3, [1, 1, 1]), (4, [1] * 4), (6, [1] * 6)])
-async def test_items_of_one_request_share_the_threads_evenly(videos, clip, count, shares):
-    loader = MediaLoader(MediaConfig(num_decode_threads=4))
-    opened = await open_fakes(loader, clip, count)
-    reads = [asyncio.create_task(loader.read(each, plan_of(0))) for each in opened]
-    for video in videos[:4]:
-        await wait_for(video.reading)
-    assert sum(video.reading.is_set() for video in videos) == min(count, 4)
-    for video in videos:
-        video.may_end.set()
-    await asyncio.gather(*reads)
-    assert [video.num_threads[0] for video in videos] == shares
-    await loader.close()
-
-
-async def test_a_late_item_gets_a_thread_at_once_and_all_come_back(videos, clip):
-    loader = MediaLoader(MediaConfig(num_decode_threads=3))
-    first, second, third = await open_fakes(loader, clip, 3)
-    reads = [asyncio.create_task(loader.read(first, plan_of(0)))]
-    await wait_for(videos[0].reading)
-    reads.append(asyncio.create_task(loader.read(second, plan_of(0))))
-    await wait_for(videos[1].reading)
-    assert (videos[0].num_threads, videos[1].num_threads) == ([3], [1])
-    for video in videos:
-        video.may_end.set()
-    await asyncio.gather(*reads)
-    await loader.read(third, plan_of(0))
-    assert videos[2].num_threads == [3]
-    await loader.close()
-
-
-async def test_cancelling_stops_the_decoder_and_the_item_closes_after_it(videos, clip):
-    loader = MediaLoader(MediaConfig(num_decode_threads=1))
-    (opened,) = await open_fakes(loader, clip, 1)
-    read = asyncio.create_task(loader.read(opened, plan_of(0)))
-    await wait_for(videos[0].reading)
-    read.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await read
-    opened.close()
-    opened.close()
-    await wait_for(videos[0].cancelled)
-    await loader.close()
-    assert (videos[0].num_closed, videos[0].closed_while_reading) == (1, False)
-
-
-async def test_a_read_that_was_cancelled_in_the_queue_never_starts(videos, clip):
-    loader = MediaLoader(MediaConfig(num_decode_threads=1))
-    first, second = await open_fakes(loader, clip, 2)
-    reading = asyncio.create_task(loader.read(first, plan_of(0)))
-    await wait_for(videos[0].reading)
-    waiting = asyncio.create_task(loader.read(second, plan_of(0)))
-    await asyncio.sleep(0.02)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    second.close()
-    assert videos[1].num_closed == 1
-    videos[0].may_end.set()
-    await reading
-    await loader.close()
-    assert not videos[1].reading.is_set()
-
-
-async def test_what_was_opened_for_nobody_is_closed(monkeypatch, clip):
-    opening, may_open, video = threading.Event(), threading.Event(), FakeVideo()
-
-    def open_video(source, *, max_pixels=None):
-        opening.set()
-        may_open.wait(10)
-        return video
-
-    monkeypatch.setattr(loader_module, "open_video", open_video)
-    loader = MediaLoader(MediaConfig(num_decode_threads=1))
-    fetched = await loader.fetch(video_item(data_url("video/mp4", clip)))
-    task = asyncio.create_task(loader.open(fetched))
-    await wait_for(opening)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    may_open.set()
-    await loader.close()
-    assert video.num_closed == 1
-
-
-async def test_closing_the_loader_ends_its_reads_and_threads(videos, clip):
-    loader = MediaLoader(MediaConfig(num_decode_threads=2))
-    opened = await open_fakes(loader, clip, 3)
-    reads = [asyncio.create_task(loader.read(each, plan_of(0))) for each in opened]
-    await wait_for(videos[0].reading)
-    await wait_for(videos[1].reading)
-    await loader.close()
-    results = await asyncio.gather(*reads, return_exceptions=True)
-    assert all(isinstance(result, InterruptedError | asyncio.CancelledError) for result in results)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("filmstrip-media")]
+# Closing, seams
 
 
 async def test_reading_a_closed_item_is_an_error(loader, clip):

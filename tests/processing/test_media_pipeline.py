@@ -55,6 +55,8 @@ class FakeLoader:
 
 
 class FakeProcessor:
+    modalities = frozenset({Modality.IMAGE, Modality.VIDEO})
+
     def plan_video(self, metadata, sampling, pixels, *, presampled):
         return FramePlan(tuple(range(sampling.num_frames or 2)), 32, 32, LAYOUT)
 

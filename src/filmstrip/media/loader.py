@@ -1,8 +1,8 @@
 """Media items to patches, many at a time: fetch, open, read; knows no prompts and no engine.
 
 The three steps of an item are apart because something is decided between them: after :meth:`MediaLoader.fetch` whether the
-bytes are known already, after :meth:`MediaLoader.open` which frames a model wants. All decoding of a process runs in the
-threads of one loader, so that a hundred requests do not start a hundred decoders.
+bytes are known already, after :meth:`MediaLoader.open` which frames a model wants. Files are opened and decoded in worker
+processes, one for each item (:mod:`filmstrip.media.workers`); pixels that a Python caller gives are only cut, in threads.
 """
 
 from __future__ import annotations
@@ -13,30 +13,35 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
 from filmstrip.config import MediaConfig
 from filmstrip.errors import InvalidRequestError, MediaDecodeError
+from filmstrip.media import worker_messages as messages
 from filmstrip.media.data_url import parse_data_url
 from filmstrip.media.fetch import Fetcher, about, is_frames_url
-from filmstrip.media.frames import check_frame_array, open_frame_array, open_frames
-from filmstrip.media.image import image_from_data, open_image, probe_image
+from filmstrip.media.frames import check_frame_array, open_frame_array
+from filmstrip.media.image import image_from_data
 from filmstrip.media.patches import write_patches
-from filmstrip.media.sniff import sniff
-from filmstrip.media.source import MediaSource
-from filmstrip.media.video import VideoReader, open_video, read_patches
+from filmstrip.media.source import FileSource, MediaSource, file_source, pack
+from filmstrip.media.video import read_patches
+from filmstrip.media.workers import Worker, WorkerPool, WorkerStats
 from filmstrip.shared_tensor import SharedTensor
-from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, VideoMetadata
+from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, TimeSeriesMetadata, VideoMetadata
 
 T = TypeVar("T")
 
 Content = MediaSource | tuple[MediaSource, ...] | np.ndarray
-_Read = Callable[[FramePlan, int, threading.Event], tuple[SharedTensor, tuple[int, ...]]]
+Metadata = VideoMetadata | ImageMetadata | TimeSeriesMetadata
+_ReadPixels = Callable[[FramePlan, int, threading.Event], tuple[SharedTensor, tuple[int, ...]]]
+
+_MIN_PARKED = 16
+"""Workers that may wait between opening and reading, at least; those that wait longest are let go and start again."""
 
 
 @dataclass(frozen=True)
@@ -56,65 +61,79 @@ class FetchedMedia:
 class OpenedMedia:
     """An item whose header is known; made by :meth:`MediaLoader.open`, ended by :meth:`close`."""
 
-    def __init__(
-        self,
-        item: MediaItem,
-        metadata: VideoMetadata | ImageMetadata,
-        read: _Read,
-        release: Callable[[], None] | None = None,
-    ) -> None:
-        """``read`` decodes what a plan wants; ``release`` is called once, when nobody reads any more."""
+    def __init__(self, item: MediaItem, metadata: Metadata) -> None:
         self.item = item
         self.metadata = metadata
-        self._read, self._release = read, release
-        self._lock = threading.Lock()
-        self._num_readers = 0
-        self._closed = False
+        self.is_closed = False
 
     def close(self) -> None:
-        """Release what is open, at once or when a read under way has ended; may be called twice, from any thread."""
-        with self._lock:
-            self._closed = True
-        self._release_if_unused()
+        """Release what is open; may be called twice. A read under way fails."""
+        self.is_closed = True
 
-    def read(self, plan: FramePlan, num_threads: int, cancel: threading.Event) -> tuple[SharedTensor, tuple[int, ...]]:
-        """Decode what ``plan`` wants, in this thread and others; raises InterruptedError if closed or cancelled."""
-        with self._lock:
-            if self._closed:
-                raise InterruptedError("the media was closed before it was read")
-            self._num_readers += 1
-        try:
-            return self._read(plan, num_threads, cancel)
-        finally:
-            with self._lock:
-                self._num_readers -= 1
-            self._release_if_unused()
 
-    def _release_if_unused(self) -> None:
-        with self._lock:
-            if not self._closed or self._num_readers:
-                return
-            release, self._release = self._release, None
-        if release is not None:
-            release()
+class _OpenedPixels(OpenedMedia):
+    """Pixels given as an object: nothing is open."""
+
+    def __init__(self, item: MediaItem, metadata: Metadata, read: _ReadPixels) -> None:
+        super().__init__(item, metadata)
+        self.read = read
+
+
+class _OpenedFile(OpenedMedia):
+    """An item in a worker of its own, which may be let go and started again: ``source`` has its bytes all the time."""
+
+    def __init__(self, item: MediaItem, opening: messages.ToWorker, source: FileSource, worker: Worker) -> None:
+        self.item = item
+        self.is_closed = False
+        self.opening, self.source = opening, source
+        self.worker: Worker | None = worker
+
+    def close(self) -> None:
+        super().close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End the worker, if there is one."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.kill()
 
 
 class MediaLoader:
-    """Fetches, opens and reads items for all requests of a process, from one or several event loops.
+    """Fetches, opens and reads items for all requests of a process, on one event loop.
 
-    At most ``num_decode_threads`` items are worked on at the same time; the threads are shared out evenly between those that
-    are being read. An item that starts while others hold all threads gets one at once all the same, so that a small image
-    never waits for a long video: in the worst moment twice as many threads run as were asked for, less one.
+    At most ``num_decode_threads`` videos are worked on at the same time, and beside them as many pictures, so that a small
+    image never waits for long videos. The threads are shared out evenly between the videos that are being read; one that
+    starts while others hold all threads gets one at once all the same: in the worst moment twice as many threads run as were
+    asked for, less one.
     """
 
-    def __init__(self, config: MediaConfig, fetcher: Fetcher | None = None) -> None:
-        """``fetcher`` replaces the one made from ``config``; it is closed with the loader."""
+    def __init__(self, config: MediaConfig, fetcher: Fetcher | None = None, *, faults: str | None = None) -> None:
+        """``fetcher`` replaces the one made from ``config``; it is closed with the loader. ``faults``: see WorkerPool."""
         self._config = config
         self._fetcher = fetcher or Fetcher(config)
         self._num_threads = config.num_decode_threads or _num_usable_cores()
         self._budget = _ThreadBudget(self._num_threads)
+        self._lanes = {
+            modality: asyncio.Semaphore(self._num_threads)
+            for modality in (Modality.VIDEO, Modality.IMAGE, Modality.TIME_SERIES)
+        }
+        self._pool = WorkerPool(config, faults=faults)
+        self._parked: dict[int, _OpenedFile] = {}
+        self._max_parked = max(_MIN_PARKED, 2 * self._num_threads)
+        self._asking: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="filmstrip-media")
         self._cancels: set[threading.Event] = set()
+        self._is_closed = False
+
+    @property
+    def worker_stats(self) -> WorkerStats:
+        """Counters of the worker processes."""
+        return self._pool.stats
+
+    async def start(self) -> None:
+        """Get ready to decode, so that the first item need not wait for it."""
+        await self._pool.start()
 
     async def fetch(self, item: MediaItem) -> FetchedMedia:
         """Get the bytes of ``item``; raises the MediaError family with the item's ``param``."""
@@ -122,7 +141,7 @@ class MediaLoader:
             if item.type not in (Modality.IMAGE, Modality.VIDEO):
                 raise InvalidRequestError(f"media of type {item.type} are not supported", param=item.param)
             if item.url is None:
-                return await self._run(lambda _: self._take_object(item))
+                return await self._in_thread(lambda _: self._take_object(item))
             _check_data_type(item.url, item.type)
             if is_frames_url(item.url):
                 frames = tuple(await self._fetcher.fetch_frames(item.url))
@@ -132,30 +151,123 @@ class MediaLoader:
             return FetchedMedia(item, source, source.content_hash, source.num_bytes)
 
     async def open(self, fetched: FetchedMedia) -> OpenedMedia:
-        """Read the header in a decode thread; raises MediaDecodeError, MediaTooLargeError, InvalidRequestError (timing)."""
-        with about(fetched.item.param):
-            return await self._run(lambda cancel: self._open(fetched, cancel), undo=OpenedMedia.close)
+        """Read the header in a worker; raises MediaDecodeError, MediaTooLargeError, InvalidRequestError (timing)."""
+        item, content = fetched.item, fetched.content
+        with about(item.param):
+            if isinstance(content, np.ndarray):
+                return await self._in_thread(lambda _: self._open_object(item, content))
+            opening, source = await self._in_thread(lambda _: self._opening(item, content))
+            async with self._lanes[item.type]:
+                opened = _OpenedFile(item, opening, source, await self._take_worker())
+                try:
+                    opened.metadata = await self._start(opened)
+                except BaseException:
+                    opened.close()
+                    raise
+            self._park(opened)
+            return opened
 
     async def read(self, opened: OpenedMedia, plan: FramePlan) -> tuple[SharedTensor, tuple[int, ...]]:
         """Decode what ``plan`` wants: uint8 patches of ``plan.patches_shape`` and the frames really delivered.
 
-        An image has the one frame 0. Cancelling stops the decoder soon. Raises MediaDecodeError if not a single frame can be
-        decoded.
+        An image has the one frame 0. Cancelling stops the decoder at once. Raises MediaDecodeError if not a single frame can
+        be decoded, InterruptedError if ``opened`` is closed.
         """
         with about(opened.item.param), self._budget.item():
             # Items of one request begin together; all must be counted before threads are shared out.
             await asyncio.sleep(0)
-            return await self._run(lambda cancel: self._read(opened, plan, cancel))
+            async with self._lanes[opened.item.type]:
+                if opened.is_closed:
+                    raise InterruptedError("the media was closed before it was read")
+                with self._budget.share() as num_threads:
+                    if isinstance(opened, _OpenedPixels):
+                        return await self._in_thread(lambda cancel: opened.read(plan, num_threads, cancel))
+                    assert isinstance(opened, _OpenedFile)
+                    return await self._read_in_worker(opened, plan, num_threads)
 
     async def close(self) -> None:
-        """Stop all work and wait for the threads to end; items that are still being loaded fail."""
+        """Stop all work and end all workers; items that are still being loaded fail."""
+        self._is_closed = True
         for cancel in list(self._cancels):
             cancel.set()
+        for task in list(self._asking):
+            task.cancel()
+        for opened in list(self._parked.values()):
+            opened.close()
+        self._parked.clear()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        await self._pool.close()
         await self._fetcher.close()
 
-    async def _run(self, job: Callable[[threading.Event], T], undo: Callable[[T], None] | None = None) -> T:
-        """Run ``job`` in a decode thread; cancelling sets its event, and ``undo`` gets a result that nobody waits for."""
+    # Files, in workers
+
+    def _opening(self, item: MediaItem, content: MediaSource | tuple[MediaSource, ...]) -> tuple[Any, FileSource]:
+        """What a worker is told first, and the bytes it gets."""
+        config = self._config
+        if isinstance(content, tuple):
+            whole, spans = pack(content)
+            opening = messages.OpenFrames(
+                spans, item.timing, config.max_image_pixels, config.max_video_frames, item.param
+            )
+            return opening, whole
+        if item.type is Modality.IMAGE:
+            return messages.OpenImage(config.max_image_pixels), file_source(content)
+        opening = messages.OpenVideo(config.video_decoder, config.max_image_pixels, content.content_hash)
+        return opening, file_source(content)
+
+    async def _take_worker(self) -> Worker:
+        return await self._asked(self._pool.take())
+
+    async def _start(self, opened: _OpenedFile) -> Metadata:
+        """Let the worker open the item."""
+        assert opened.worker is not None
+        worker = opened.worker
+        answer = await self._asked(worker.ask(opened.opening, [opened.source.fd]))
+        try:
+            return messages.metadata_of(answer, self._config.max_image_pixels)
+        except ValueError as error:
+            worker.crashed(error)
+
+    async def _read_in_worker(
+        self, opened: _OpenedFile, plan: FramePlan, num_threads: int
+    ) -> tuple[SharedTensor, tuple[int, ...]]:
+        self._parked.pop(id(opened), None)
+        try:
+            if opened.worker is None:
+                opened.worker = await self._take_worker()
+                if not _is_same(await self._start(opened), opened.metadata):
+                    raise MediaDecodeError("the file does not open the same way twice")
+            worker, output = opened.worker, SharedTensor.create(plan.patches_shape)
+            answer = await self._asked(worker.ask(messages.ReadPatches(plan, num_threads), [output.fd]))
+            if not isinstance(answer, messages.Done) or not _can_be_delivered(answer.delivered, plan, opened.metadata):
+                worker.crashed(ValueError("it says that it delivered what cannot be"))
+            return output, answer.delivered
+        finally:
+            opened.let_go()  # nothing of one item is left for the next
+
+    async def _asked(self, question: Coroutine[Any, Any, T]) -> T:
+        """The result of ``question``, which :meth:`close` cancels."""
+        task = asyncio.ensure_future(question)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise InterruptedError("the loader was closed") from None
+            raise
+
+    def _park(self, opened: _OpenedFile) -> None:
+        """Remember a worker that waits for its plan; there must not be too many, and they hold memory."""
+        self._parked = {key: each for key, each in self._parked.items() if not each.is_closed}
+        self._parked[id(opened)] = opened
+        while len(self._parked) > self._max_parked:
+            self._parked.pop(next(iter(self._parked))).let_go()
+
+    # Objects, in threads
+
+    async def _in_thread(self, job: Callable[[threading.Event], T]) -> T:
+        """Run ``job`` in a thread; cancelling sets its event."""
         cancel = threading.Event()
         self._cancels.add(cancel)
         future = self._threads.submit(job, cancel)
@@ -164,11 +276,7 @@ class MediaLoader:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             cancel.set()
-            if undo is not None:
-                future.add_done_callback(lambda done: _undo(done, undo))
             raise
-
-    # In a decode thread
 
     def _take_object(self, item: MediaItem) -> FetchedMedia:
         """Pixels given as an object."""
@@ -178,47 +286,21 @@ class MediaLoader:
         check_frame_array(item.data)
         return FetchedMedia(item, item.data, _hash_frames([_hash_array(item.data)], item), item.data.nbytes)
 
-    def _open(self, fetched: FetchedMedia, cancel: threading.Event) -> OpenedMedia:
-        item, content = fetched.item, fetched.content
-        if isinstance(content, np.ndarray):
-            return self._open_object(item, content)
-        if isinstance(content, tuple):
-            frames = open_frames(content, item.timing, **self._frame_limits(item), cancel=cancel)
-            return _opened_video(item, frames)
-        if item.type is Modality.IMAGE:
-            max_pixels = self._config.max_image_pixels
-            header = probe_image(content, max_pixels)
-            return _opened_image(item, header, lambda: np.array(open_image(content, max_pixels)))
-        return self._open_video(item, content)
-
     def _open_object(self, item: MediaItem, pixels: np.ndarray) -> OpenedMedia:
         if item.type is Modality.IMAGE:
             height, width = pixels.shape[:2]
-            return _opened_image(item, ImageMetadata(height=height, width=width), lambda: pixels)
-        return _opened_video(item, open_frame_array(pixels, item.timing, **self._frame_limits(item)))
 
-    def _open_video(self, item: MediaItem, source: MediaSource) -> OpenedMedia:
-        kind = sniff(source)
-        if kind.kind == "image" and kind.format != "GIF":  # FFmpeg would take a picture for a video of one frame
-            raise MediaDecodeError(f"this is {kind}, not a video; send it as image_url")
-        if kind.kind == "audio":
-            raise MediaDecodeError(f"this is {kind}: it has no video")
-        if kind.kind == "other":
-            raise MediaDecodeError(f"this is {kind}, not a video")
-        return _opened_video(item, open_video(source, max_pixels=self._config.max_image_pixels))
+            def read(plan: FramePlan, num_threads: int, cancel: threading.Event) -> tuple[SharedTensor, tuple[int, ...]]:
+                return write_patches(lambda _: pixels, plan, num_threads, cancel), plan.frame_indices
 
-    def _frame_limits(self, item: MediaItem) -> _FrameLimits:
-        return {
+            return _OpenedPixels(item, ImageMetadata(height=height, width=width), read)
+        limits: _FrameLimits = {
             "max_pixels": self._config.max_image_pixels,
             "max_frames": self._config.max_video_frames,
             "param": item.param,
         }
-
-    def _read(
-        self, opened: OpenedMedia, plan: FramePlan, cancel: threading.Event
-    ) -> tuple[SharedTensor, tuple[int, ...]]:
-        with self._budget.share() as num_threads:
-            return opened.read(plan, num_threads, cancel)
+        reader = open_frame_array(pixels, item.timing, **limits)
+        return _OpenedPixels(item, reader.metadata, functools.partial(read_patches, reader))
 
 
 def is_presampled(item: MediaItem) -> bool:
@@ -232,53 +314,54 @@ class _FrameLimits(TypedDict):
     param: str | None
 
 
-def _opened_video(item: MediaItem, reader: VideoReader) -> OpenedMedia:
-    return OpenedMedia(item, reader.metadata, functools.partial(read_patches, reader), reader.close)
-
-
-def _opened_image(item: MediaItem, metadata: ImageMetadata, pixels: Callable[[], np.ndarray]) -> OpenedMedia:
-    def read(plan: FramePlan, num_threads: int, cancel: threading.Event) -> tuple[SharedTensor, tuple[int, ...]]:
-        return write_patches(lambda _: pixels(), plan, num_threads, cancel), plan.frame_indices
-
-    return OpenedMedia(item, metadata, read)
-
-
 class _ThreadBudget:
     """Shares ``num_threads`` between the items being read."""
 
     def __init__(self, num_threads: int) -> None:
-        self._lock = threading.Lock()
         self._num_threads = self._num_free = num_threads
         self._num_items = 0
 
     @contextlib.contextmanager
     def item(self) -> Iterator[None]:
         """Count one item as being read, or waiting to be."""
-        with self._lock:
-            self._num_items += 1
+        self._num_items += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._num_items -= 1
+            self._num_items -= 1
 
     @contextlib.contextmanager
     def share(self) -> Iterator[int]:
         """Threads for one item: an even share of what there is and no more than is free, but at least one."""
-        with self._lock:
-            share = max(1, min(self._num_free, self._num_threads // max(self._num_items, 1)))
-            self._num_free -= share
+        share = max(1, min(self._num_free, self._num_threads // max(self._num_items, 1)))
+        self._num_free -= share
         try:
             yield share
         finally:
-            with self._lock:
-                self._num_free += share
+            self._num_free += share
 
 
 def _num_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _is_same(now: Metadata, before: Metadata) -> bool:
+    """Whether a plan made for one still fits the other."""
+    if isinstance(now, VideoMetadata) and isinstance(before, VideoMetadata):
+        return np.array_equal(now.timestamps, before.timestamps) and (now.height, now.width) == (
+            before.height,
+            before.width,
+        )
+    return now == before
+
+
+def _can_be_delivered(delivered: Sequence[int], plan: FramePlan, metadata: Metadata) -> bool:
+    if len(delivered) != len(plan.frame_indices):
+        return False
+    total = metadata.total_num_frames if isinstance(metadata, VideoMetadata) else 1
+    return all(0 <= index < total for index in delivered)
 
 
 def _check_data_type(url: str, modality: Modality) -> None:
@@ -301,8 +384,3 @@ def _hash_array(array: np.ndarray) -> str:
 def _hash_frames(hashes: list[str], item: MediaItem) -> str:
     """Hash of frames whose times are not in their bytes."""
     return hashlib.sha256("\n".join([*hashes, repr(item.timing)]).encode()).hexdigest()
-
-
-def _undo(future: Future[T], undo: Callable[[T], None]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        undo(future.result())

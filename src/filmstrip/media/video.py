@@ -13,7 +13,7 @@ import numpy as np
 
 from filmstrip.errors import MediaDecodeError
 from filmstrip.media.decoders.base import VideoReader
-from filmstrip.media.decoders.pyav import PyAVReader
+from filmstrip.media.decoders.registry import open_reader
 from filmstrip.media.patches import PatchWriter
 from filmstrip.media.sniff import sniff
 from filmstrip.media.source import MediaSource
@@ -23,15 +23,20 @@ from filmstrip.types import FramePlan
 __all__ = ["VideoReader", "open_video", "read_frames", "read_patches"]
 
 
-def open_video(source: MediaSource, *, max_pixels: int | None = None) -> VideoReader:
+def open_video(source: MediaSource, *, max_pixels: int | None = None, decoder: str = "pyav") -> VideoReader:
     """Scan a video's index; raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``.
 
-    A GIF is a video, moving or not; any other picture is refused with the advice to send it as one.
+    A GIF is a video, moving or not; any other picture is refused with the advice to send it as one. ``decoder`` is a name of
+    :data:`~filmstrip.media.decoders.registry.DECODER_NAMES`; raises InvalidRequestError if it is none or not installed.
     """
     kind = sniff(source)
     if kind.kind == "image" and kind.format != "GIF":
         raise MediaDecodeError(f"this is {kind}, not a video; send it as image_url")
-    return PyAVReader(source, max_pixels=max_pixels)
+    if kind.kind == "audio":
+        raise MediaDecodeError(f"this is {kind}: it has no video")
+    if kind.kind == "other":
+        raise MediaDecodeError(f"this is {kind}, not a video")
+    return open_reader(decoder, source, max_pixels=max_pixels)
 
 
 def read_patches(

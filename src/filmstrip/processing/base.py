@@ -32,6 +32,9 @@ class PlannedMedia:
 class Processor(Protocol):
     """One model family's view of pixels, tokens and positions; knows no weights and opens no file."""
 
+    modalities: frozenset[Modality]
+    """Kinds of media that the model takes."""
+
     def plan_image(self, metadata: ImageMetadata, pixels: PixelLimits) -> FramePlan:
         """Size at which an image is shown. Raises MediaError for a shape the model cannot take."""
         ...

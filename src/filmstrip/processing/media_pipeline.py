@@ -13,7 +13,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from filmstrip.errors import MediaError
+from filmstrip.errors import InvalidRequestError, MediaError
 from filmstrip.media.loader import FetchedMedia, MediaLoader, OpenedMedia, is_presampled
 from filmstrip.processing.base import PlannedMedia, Processor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
@@ -94,6 +94,11 @@ class MediaPipeline:
 
     async def plan(self, item: MediaItem) -> PlannedItem:
         """Fetch ``item`` and decide what of it is shown; raises the MediaError family."""
+        if item.type not in self._processor.modalities:
+            taken = " and ".join(sorted(f"{modality}_url" for modality in self._processor.modalities))
+            raise InvalidRequestError(
+                f"the model takes no {item.type}_url; it takes {taken or 'text only'}", param=item.param
+            )
         fetched = await self._loader.fetch(item)
         cache_key = _cache_key(fetched)
         processed = self._cached(cache_key)
@@ -105,6 +110,7 @@ class MediaPipeline:
         self.stats.misses += 1
         opened = await self._loader.open(fetched)
         try:
+            assert isinstance(opened.metadata, VideoMetadata | ImageMetadata)
             media = self.plan_media(item, opened.metadata)
         except BaseException:
             opened.close()
@@ -171,6 +177,8 @@ class MediaPipeline:
             media = PlannedMedia(media.modality, plan, _timestamps(planned.metadata, frame_indices))
             if planned.metadata.timing_assumed:
                 notes.append("no timing was given for the frames; 2 frames per second are assumed")
+            if planned.metadata.has_audio:
+                notes.append("the sound track was not used")
             missing = sum(wanted != got for wanted, got in zip(plan.frame_indices, frame_indices, strict=True))
             if missing:
                 notes.append(f"{missing} frames could not be decoded; the last good frame before each stands in")

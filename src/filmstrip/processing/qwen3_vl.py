@@ -55,6 +55,8 @@ _VIDEO_DEFAULTS: dict[str, Any] = {
 class Qwen3VLProcessor:
     """Implements :class:`filmstrip.processing.base.Processor`."""
 
+    modalities = frozenset({Modality.IMAGE, Modality.VIDEO})
+
     def __init__(
         self, tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
     ) -> None:

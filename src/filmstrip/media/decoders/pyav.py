@@ -26,10 +26,12 @@ import av
 import av.error
 import av.logging
 import numpy as np
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 
 from filmstrip.errors import MediaDecodeError, MediaTooLargeError
 from filmstrip.media.decoders.base import Consume
+from filmstrip.media.mp4 import media_data_ranges, refers_to_other_files
+from filmstrip.media.remote import RemoteSource
 from filmstrip.media.source import MediaSource
 from filmstrip.types import VideoMetadata
 
@@ -40,6 +42,8 @@ _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
 # Decoders known to skip frames nothing refers to without changing any other. Others get every packet: dav1d, for one, takes
 # the setting when it is opened and keeps it.
 _CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mpeg1video"})
+# Codecs whose packets MP4 stores whole, so that FFmpeg need not look into them to know their times and which are keys.
+_CODECS_TO_SKIM = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "libvpx-vp9"})
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
 _MAX_ORDER_CHECK_FRAMES = 64
@@ -56,7 +60,8 @@ _MAX_TIME = 2**61
 @dataclass(frozen=True)
 class _Index:
     """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown, in
-    display order, and ``display_times`` its time. ``times_identify`` says whether a time names one frame, so that frames
+    display order, and ``display_times`` its time; ``places`` has position (-1: not known) and size in bytes of every packet.
+    ``times_identify`` says whether a time names one frame, so that frames
     can be found by seeking and known by their time; else they are counted from the file's start."""
 
     times: np.ndarray
@@ -65,6 +70,7 @@ class _Index:
     display_times: np.ndarray
     last_duration: int
     times_identify: bool
+    places: np.ndarray
 
 
 @dataclass
@@ -84,32 +90,58 @@ class PyAVReader:
         Raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``.
         """
         self._source, self._max_pixels = source, max_pixels
-        with self._open() as (container, stream):
+        data_ranges = self._look_at_boxes()
+        skimming = None
+        if isinstance(source, RemoteSource):
+            if data_ranges:
+                skimming = source.open_skimming(data_ranges)
+            else:  # every packet has to be read to know where frames are
+                source.will_need([(0, source.num_bytes)])
+        with self._open(skimming) as (container, stream):
+            if skimming is not None:
+                # The tables of such a file say all there is to say about its packets: their contents need not be here.
+                skimming.is_skimming = stream.codec_context.name in _CODECS_TO_SKIM
             self._index = _scan(container, stream)
             if not len(self._index.display):
                 raise MediaDecodeError("the video has no frames")
-            if self._times_mislead(stream):
-                self._index = dataclasses.replace(self._index, times_identify=False)
-            self._time_base = float(stream.time_base)
-            first = self._first_frame(container, stream)
-            self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
-            self._index = _without_lead(self._index, first.pts)
-            self._first_decodable = self.frame_index(first.pts) or 0
-            # GOPs that a job begins before its own: none, until a stream shows that its key frames do not stand alone.
-            self._num_lead_gops = 0
-            width, height = self._coded_size if rotation % 180 == 0 else self._coded_size[::-1]
-            times, fps, duration = _timing(self._index, stream)
-            self.metadata = VideoMetadata(
-                total_num_frames=len(self._index.display),
-                fps=fps,
-                duration=duration,
-                height=height,
-                width=width,
-                timestamps=times,
-                video_backend="pyav",
-                codec=stream.codec_context.name,
-                rotation_degrees=rotation,
-            )
+            if skimming is None:
+                self._describe(container, stream)
+        if skimming is not None:
+            with self._open() as (container, stream):
+                self._describe(container, stream)
+
+    def _look_at_boxes(self) -> list[tuple[int, int]] | None:
+        """Where an MP4's media data stand apart from its tables; refuses a file that shows what stands in another."""
+        with self._source.open() as file:
+            if refers_to_other_files(file, self._source.num_bytes):
+                raise MediaDecodeError("the video refers to another file, which is not opened")
+            return media_data_ranges(file, self._source.num_bytes)
+
+    def _describe(self, container: Any, stream: Any) -> None:
+        """Fill in what the index alone does not say."""
+        if self._times_mislead(stream):
+            self._index = dataclasses.replace(self._index, times_identify=False)
+        self._time_base = float(stream.time_base)
+        first = self._first_frame(container, stream)
+        self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
+        self._index = _without_lead(self._index, first.pts)
+        self._first_decodable = self.frame_index(first.pts) or 0
+        # GOPs that a job begins before its own: none, until a stream shows that its key frames do not stand alone.
+        self._num_lead_gops = 0
+        width, height = self._coded_size if rotation % 180 == 0 else self._coded_size[::-1]
+        times, fps, duration = _timing(self._index, stream)
+        self.metadata = VideoMetadata(
+            total_num_frames=len(self._index.display),
+            fps=fps,
+            duration=duration,
+            height=height,
+            width=width,
+            timestamps=times,
+            video_backend="pyav",
+            codec=stream.codec_context.name,
+            rotation_degrees=rotation,
+            has_audio=bool(container.streams.audio),
+        )
 
     def read(
         self,
@@ -134,11 +166,11 @@ class PyAVReader:
         """Nothing stays open between calls."""
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
-        """A container over the source and its best video stream."""
+    def _open(self, file: Any = None) -> Iterator[tuple[Any, Any]]:
+        """A container over the source, or over ``file``, and its best video stream."""
         try:
             with av.open(
-                self._source.open(),
+                file or self._source.open(),
                 mode="r",
                 # Not "options": these go to the streams as well, and PyAV before version 18 then crashes the process on
                 # files whose streams appear while they are probed (FLV, MPEG program streams).
@@ -157,6 +189,10 @@ class PyAVReader:
                 if self._max_pixels is not None:
                     # A stream may grow later; its decoder then gives no frames. It counts padding, hence the slack.
                     stream.codec_context.options = {"max_pixels": str(4 * self._max_pixels + 2**20)}
+                if "mp4" in container.format.name.split(","):
+                    for other in container.streams:  # their packets need not be read to find the next of ours
+                        if other.index != stream.index:
+                            other.discard = Discard.all
                 yield container, stream
         except av.error.FFmpegError as error:
             raise MediaDecodeError(f"the video cannot be read: {_reason(error)}") from error
@@ -229,7 +265,17 @@ class PyAVReader:
     def _job_length(self, job: _Job) -> int:
         return max(int(self._index.display[target]) for target in job.targets) - job.key
 
+    def _job_bytes(self, job: _Job) -> tuple[int, int] | None:
+        """Where the packets of a job stand in the file, if the container says so."""
+        last = max(int(self._index.display[target]) for target in job.targets)
+        places = self._index.places[job.key : last + 1]
+        if not len(places) or (places[:, 0] < 0).any():
+            return None
+        return int(places[:, 0].min()), int(places.sum(axis=1).max())
+
     def _run_jobs(self, jobs: list[_Job], num_threads: int, delivery: _Delivery) -> None:
+        if isinstance(self._source, RemoteSource):
+            self._source.will_need([span for job in jobs if (span := self._job_bytes(job)) is not None])
         num_workers = max(1, min(num_threads, len(jobs)))
         # Fewer GOPs than threads: let the codec itself use what is left.
         codec_threads = -(-num_threads // num_workers) if len(jobs) < num_threads else 1
@@ -456,7 +502,9 @@ def _scan(container: Any, stream: Any) -> _Index:
     durations: list[int] = []
     is_key: list[bool] = []
     shown: list[bool] = []
+    places: list[tuple[int, int]] = []
     for packet in _packets(container, stream):
+        places.append((-1 if packet.pos is None else packet.pos, packet.size))
         pts.append(packet.pts)
         dts.append(packet.dts)
         durations.append(packet.duration or 0)
@@ -471,7 +519,10 @@ def _scan(container: Any, stream: Any) -> _Index:
     else:
         times = _running_times(pts, dts, durations)
         display = coded
-    return _Index(times, np.asarray(is_key, bool), display, times[display], last_duration, times_identify)
+    packet_places = np.asarray(places, np.int64).reshape(-1, 2)
+    return _Index(
+        times, np.asarray(is_key, bool), display, times[display], last_duration, times_identify, packet_places
+    )
 
 
 def _times_identify(container: Any, stream: Any, pts: list[int | None], dts: list[int | None]) -> bool:

@@ -1,0 +1,207 @@
+"""A file of which only parts are here: a worker reads it as if it were whole, its parent fetches what is missing.
+
+The bytes stand in a file full of holes behind a shared descriptor. Before a worker reads a part, it asks for it on a socket
+and waits until the parent says that it is there. :class:`RangeServer` is the parent's side; neither knows how parts are
+fetched, nor what they encode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from typing import BinaryIO, Protocol
+
+_RANGE = struct.Struct("<QQ")
+"""First byte and end: asked for by the worker, said to be there by the parent."""
+_BLOCK_BYTES = 1 << 16
+_BUFFER_BYTES = 1 << 16
+
+
+class RemoteSource:
+    """A :class:`~filmstrip.media.source.MediaSource` in the worker, read from several threads at once."""
+
+    def __init__(self, fd: int, connection: socket.socket, content_hash: str) -> None:
+        """``fd`` is the file with holes, ``connection`` (blocking) leads to a :class:`RangeServer`; both are taken over."""
+        self.fd = fd
+        self.content_hash = content_hash
+        self.num_bytes = os.fstat(fd).st_size
+        self._connection = connection
+        self._present = bytearray(-(-self.num_bytes // _BLOCK_BYTES))
+        self._changed = threading.Condition()
+        self._is_broken = False
+        threading.Thread(target=self._receive, name="filmstrip-remote", daemon=True).start()
+
+    def open(self) -> BinaryIO:
+        """A buffered reader that waits for what is missing."""
+        return io.BufferedReader(_RemoteReader(self), _BUFFER_BYTES)
+
+    def open_skimming(self, ranges: Sequence[tuple[int, int]]) -> SkimmingReader:
+        """A reader that can be told to give zeros for bytes of ``ranges`` that are not here, instead of waiting."""
+        return SkimmingReader(self, ranges)
+
+    def wait_for(self, start: int, stop: int) -> None:
+        """Return once bytes ``start`` to ``stop`` are here; raises OSError if the parent is gone."""
+        with self._changed:
+            if self._has(start, stop):
+                return
+            self._ask_for(start, stop)
+            while not self._has(start, stop):
+                if self._is_broken:
+                    raise OSError("the parts of the file cannot be fetched any more")
+                self._changed.wait()
+
+    def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Let the parent fetch ``ranges`` in this order, waiting for none."""
+        with self._changed:
+            for start, stop in ranges:
+                if not self._has(start, stop):
+                    self._ask_for(start, stop)
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether these bytes are known to be here."""
+        with self._changed:
+            return self._has(start, stop)
+
+    def _ask_for(self, start: int, stop: int) -> None:
+        start = start // _BLOCK_BYTES * _BLOCK_BYTES
+        stop = min(-(-stop // _BLOCK_BYTES) * _BLOCK_BYTES, self.num_bytes)
+        self._connection.sendall(_RANGE.pack(start, stop))
+
+    def _has(self, start: int, stop: int) -> bool:
+        first, end = start // _BLOCK_BYTES, -(-min(stop, self.num_bytes) // _BLOCK_BYTES)
+        return self._present.find(0, first, end) < 0
+
+    def _receive(self) -> None:
+        try:
+            while data := self._connection.recv(_RANGE.size, socket.MSG_WAITALL):
+                start, stop = _RANGE.unpack(data)
+                with self._changed:
+                    first, end = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
+                    self._present[first:end] = b"\1" * (end - first)
+                    self._changed.notify_all()
+        except (OSError, struct.error):
+            pass
+        with self._changed:
+            self._is_broken = True
+            self._changed.notify_all()
+
+
+class _RemoteReader(io.RawIOBase):
+    """Reads by position; a position of its own."""
+
+    def __init__(self, source: RemoteSource) -> None:
+        super().__init__()
+        self._source, self._position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.num_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative seek position {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        stop = min(self._position + len(buffer), self._source.num_bytes)
+        room = stop - self._position
+        if room <= 0:
+            return 0
+        self._wait_for(self._position, stop)
+        count = os.preadv(self._source.fd, [memoryview(buffer)[:room]], self._position)
+        self._position += count
+        return count
+
+    def _wait_for(self, start: int, stop: int) -> None:
+        self._source.wait_for(start, stop)
+
+
+class SkimmingReader(_RemoteReader):
+    """While ``is_skimming``, holes inside ``ranges`` read as zeros and nothing is fetched for them.
+
+    For going through a container whose tables say everything about its packets, so that their contents need not be there.
+    Unbuffered: what was read as zeros must not be found in a buffer later.
+    """
+
+    def __init__(self, source: RemoteSource, ranges: Sequence[tuple[int, int]]) -> None:
+        super().__init__(source)
+        self._ranges = ranges
+        self.is_skimming = False
+
+    def _wait_for(self, start: int, stop: int) -> None:
+        if self.is_skimming and any(first <= start and stop <= end for first, end in self._ranges):
+            return
+        super()._wait_for(start, stop)
+
+
+class PartialFile(Protocol):
+    """What the parent fetches parts of."""
+
+    async def ensure(self, start: int, stop: int) -> None:
+        """Return once these bytes are in the file; raises the MediaError family."""
+        ...
+
+
+class RangeServer:
+    """Fetches what one worker asks for; ``failed`` raises the first error."""
+
+    def __init__(self, file: PartialFile, connection: socket.socket) -> None:
+        """``connection`` is taken over."""
+        connection.setblocking(False)
+        self._file, self._connection = file, connection
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()
+        self._serving = asyncio.ensure_future(self._serve())
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def close(self) -> None:
+        """Stop fetching; what arrived stays."""
+        tasks = [self._serving, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._connection.close()
+        if self.failed.done():
+            self.failed.exception()  # it has been looked at
+        else:
+            self.failed.cancel()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        buffer = b""
+        try:
+            while data := await loop.sock_recv(self._connection, 1 << 16):
+                buffer += data
+                while len(buffer) >= _RANGE.size:
+                    start, stop = _RANGE.unpack(buffer[: _RANGE.size])
+                    buffer = buffer[_RANGE.size :]
+                    task = asyncio.ensure_future(self._fetch(start, stop))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+        except OSError:
+            pass  # the worker is gone
+
+    async def _fetch(self, start: int, stop: int) -> None:
+        try:
+            await self._file.ensure(start, stop)
+            async with self._sending:
+                await asyncio.get_running_loop().sock_sendall(self._connection, _RANGE.pack(start, stop))
+        except asyncio.CancelledError:
+            raise
+        except OSError:
+            pass  # the worker is gone
+        except Exception as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
