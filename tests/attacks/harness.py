@@ -6,7 +6,9 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import re
+import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,7 +38,7 @@ MAX_ITEMS = 8
 _LEAKS = {
     "an address in memory": re.compile(r"0x[0-9a-fA-F]{4,}"),
     "a traceback": re.compile(r'Traceback|File "|line \d+, in|\.py\b'),
-    "a Python object": re.compile(r"<[a-zA-Z_]+[. ][^>]*>"),
+    "a Python object": re.compile(r"<[^>]*\bobject\b[^>]*>|<_?[a-z]+\.[A-Za-z]"),
     "a network address": re.compile(r"\b\d+\.\d+\.\d+\.\d+\b(?!/)|::1|\[::"),
     "a path of the system": re.compile(r"(?<![\w.])/(etc|proc|dev|tmp|root|home|usr|var|work)\b"),
     "the site's bytes": re.compile(SECRET),
@@ -63,7 +65,7 @@ class Case:
     body: dict[str, Any] = field(default_factory=dict)
     """Further fields of the request."""
     param: str | None = None
-    """The field at fault, if it is not the part's URL."""
+    """What the field at fault begins with, if it is not the part's URL."""
 
 
 def expand(cases: Iterable[Case]) -> list[Any]:
@@ -129,6 +131,7 @@ class AttackedServer:
             with self._hostile_fetcher():
                 llm = await AsyncLLM.start(self._config.llm)
             listener = bind(self._config)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # hundreds of small answers
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             self._server = Server(create_app(llm, self._config), self._config)
             self._loop.call_later(0.2, self._ready.set)
@@ -149,9 +152,13 @@ class AttackedServer:
             yield
 
     def post(self, messages: list[dict[str, Any]], **body: Any) -> httpx2.Response:
-        """One request; an answer that takes too long is an exception."""
-        whole = {"model": NAME, "max_tokens": 1, "messages": messages, **body}
-        return self._client.post("/v1/chat/completions", json=whole)
+        """One request; an answer that takes too long is an exception.
+
+        The JSON is Python's: NaN, infinity and lone surrogates are sent as they are.
+        """
+        text = json.dumps({"model": NAME, "max_tokens": 1, "messages": messages, **body})
+        headers = {"Content-Type": "application/json"}
+        return self._client.post("/v1/chat/completions", content=text.encode("ascii"), headers=headers)
 
     def check_still_good(self) -> None:
         """A picture that was never seen before must be answered."""
@@ -174,7 +181,7 @@ class AttackedServer:
         if kind == "time_series_url" and error["param"] == "messages[0].content[0].type":
             pass  # this model has no such input: refused before anything is looked at
         else:
-            assert (error["param"] or "").startswith(case.param or own_param), error
+            assert (error["param"] or "").startswith(own_param if case.param is None else case.param), error
             assert not case.codes or error["code"] in case.codes, error
             assert case.words in error["message"], error
         self.check_still_good()
