@@ -1,0 +1,129 @@
+"""Videos through OpenCV's VideoCapture and its own FFmpeg, from a stream buffer; knows nothing of how frames are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import ClassVar
+
+import cv2
+
+from filmstrip.media.decoders.checked import Check, CheckedReader, DecodedFrame, References, as_array, sample
+from filmstrip.media.decoders.pyav import _FORMATS
+
+_SEEK_SECONDS = 4.0
+"""Frames this far ahead are sought, nearer ones are reached by decoding."""
+_SEEK_MARGIN_SECONDS = 1.0
+_ENVIRONMENT = {
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": f"format_whitelist;{_FORMATS}|protocol_whitelist;none",
+    "OPENCV_FFMPEG_LOGLEVEL": "-8",
+}
+_OPENING = threading.Lock()
+
+
+class OpenCVReader(CheckedReader):
+    """Frames in sequence, with seeks over long stretches; a frame is known by the time of its picture.
+
+    Times count from the first picture that comes out, which is compared with PyAV's first frame. The number of frames is not
+    compared: OpenCV computes it from duration and rate.
+    """
+
+    name: ClassVar[str] = "opencv"
+    label: ClassVar[str] = "OpenCV"
+
+    def frames(
+        self, frame_indices: Sequence[int], num_threads: int, references: References, check: Check
+    ) -> Generator[DecodedFrame, None, None]:
+        """See :meth:`CheckedReader.frames`."""
+        film = _Film(self, num_threads, references, check)
+        try:
+            for index in frame_indices:
+                film.go_to(index)
+                yield film.frame()
+        finally:
+            film.close()
+
+
+class _Film:
+    """An open VideoCapture and the time of the picture it is at."""
+
+    def __init__(self, reader: OpenCVReader, num_threads: int, references: References, check: Check) -> None:
+        self._reader, self._num_threads, self._check = reader, num_threads, check
+        self._times = reader.metadata.timestamps
+        self._zero_seconds = 0.0
+        self._open()
+        references.compare(0, sample(self.frame().rgb))
+
+    def _open(self) -> None:
+        self._file = self._reader.source.open()
+        with _settings(), self._reader.failing_on("cannot open this video", self._check):
+            self._capture = cv2.VideoCapture(
+                self._file,  # type: ignore[call-overload]
+                cv2.CAP_FFMPEG,
+                [
+                    *(cv2.CAP_PROP_N_THREADS, self._num_threads),
+                    *(cv2.CAP_PROP_HW_ACCELERATION, cv2.VIDEO_ACCELERATION_NONE),
+                ],
+            )
+        if not self._capture.isOpened():
+            raise self._reader.refuse("cannot open this video")
+        self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        if not self._capture.grab():
+            raise self._reader.refuse("cannot decode this video")
+        self._zero_seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+
+    def _now(self) -> float:
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - self._zero_seconds
+
+    def go_to(self, index: int) -> None:
+        """Grab pictures until the one of frame ``index`` or one that is not earlier."""
+        target, around = float(self._times[index]), self._reader.seconds_around(index)
+        if target - self._now() > _SEEK_SECONDS:
+            self._seek(target - _SEEK_MARGIN_SECONDS, before=target - around)
+        while (now := self._now()) < target - around:
+            self._check()
+            if not self._capture.grab():
+                raise self._reader.refuse(f"cannot decode frame {index}")
+            if not self._now() > now:
+                raise self._reader.refuse("does not tell the times of this video's frames")
+
+    def _seek(self, seconds: float, *, before: float) -> None:
+        """Go to a picture near a time but not past ``before``; if it does, begin anew and decode up to there."""
+        zero = self._zero_seconds
+        self._capture.set(cv2.CAP_PROP_POS_MSEC, (zero + seconds) * 1000)
+        if self._now() > before:
+            self.close()
+            self._open()
+
+    def frame(self) -> DecodedFrame:
+        """The picture it is at, BGR turned to RGB."""
+        is_whole, bgr = self._capture.retrieve()
+        if not is_whole:
+            raise ValueError("the picture cannot be converted")
+        return DecodedFrame(as_array(bgr[..., ::-1]), self._now())
+
+    def close(self) -> None:
+        """Free the decoder and the file."""
+        self._capture.release()
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """The demuxer list, no protocols and no printing: OpenCV takes them from the environment when it opens a video."""
+    with _OPENING:
+        before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+        level = cv2.utils.logging.getLogLevel()
+        os.environ.update(_ENVIRONMENT)
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
+            yield
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
