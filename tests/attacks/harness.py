@@ -43,6 +43,7 @@ _LEAKS = {
     "a path of the system": re.compile(r"(?<![\w.])/(etc|proc|dev|tmp|root|home|usr|var|work)\b"),
     "the site's bytes": re.compile(SECRET),
 }
+PICTURE_EVERY = 4
 WATCH = ConnectionWatch()
 
 
@@ -161,6 +162,15 @@ class AttackedServer:
         return self._client.post("/v1/chat/completions", content=text.encode("ascii"), headers=headers)
 
     def check_still_good(self) -> None:
+        """The next request must be answered: mostly one of text, now and then one with a picture."""
+        self._num_good += 1
+        if self._num_good % PICTURE_EVERY == 0:
+            self.check_still_decodes()
+            return
+        answer = self.post([{"role": "user", "content": f"Are you there {self._num_good}?"}])
+        assert answer.status_code == 200, answer.text
+
+    def check_still_decodes(self) -> None:
         """A picture that was never seen before must be answered."""
         self._num_good += 1
         number = self._num_good
@@ -169,10 +179,13 @@ class AttackedServer:
         answer = self.post(question(data_url(file.getvalue(), "image/png"), "image_url"))
         assert answer.status_code == 200, answer.text
 
-    def check_refused(self, case: Case, kind: str, stream: bool) -> dict[str, Any]:
-        """Send ``case`` and check the answer, what it caused, and that the server is as good as before."""
+    def check_refused(self, case: Case, kind: str, stream: bool, *, url: str | None = None) -> dict[str, Any]:
+        """Send ``case`` and check the answer, what it caused, and that the server is as good as before.
+
+        ``url`` is sent instead of the case's own.
+        """
         self.internet.reset()
-        url = case.url.replace("CANARY", str(self.internet.canary.port))
+        url = (case.url if url is None else url).replace("CANARY", str(self.internet.canary.port))
         with WATCH.watching():
             answer = self.post(question(url, kind, **case.part), stream=stream, **case.body)
         error = check_error(answer)
