@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import re
 import signal
 from itertools import takewhile
 
@@ -194,11 +195,69 @@ def test_too_long_a_prompt_says_how_many_frames_fit(llm, tmp_path):
         llm.chat(ask(video(clip), "x"), GREEDY, **options)
     assert llm.stats()["media_cache"]["num_items"] == before["media_cache"]["num_items"]  # nothing was decoded
     fits = int(caught.value.message.split(" of the video's")[0].split()[-1])
-    small = {"video": {"num_frames": fits}}
+    assert f"media_io_kwargs.video.max_frames to {fits}," in caught.value.message
+    small = {"video": {"num_frames": 400, "max_frames": fits}}
     assert llm.chat(ask(video(clip), "x"), GREEDY, **(options | {"media_io_kwargs": small})).media[0].num_frames == fits
-    too_many = {"video": {"num_frames": fits + 2}}
+    too_many = {"video": {"num_frames": 400, "max_frames": fits + 2}}
     with pytest.raises(ContextLengthError):
         llm.chat(ask(video(clip), "x"), GREEDY, **(options | {"media_io_kwargs": too_many}))
+    pixels = int(re.search(r"mm_processor_kwargs\.video\.max_pixels to (\d+)", caught.value.message)[1])
+    coarse = {"video": {"max_pixels": pixels}}
+    seen = llm.chat(ask(video(clip), "x"), GREEDY, **(options | {"mm_processor_kwargs": coarse})).media[0]
+    assert seen.num_frames == 400
+    assert seen.height * seen.width * 400 <= pixels
+    assert llm.stats()["media_cache"]["num_items"] == before["media_cache"]["num_items"] + 2
+
+
+def test_too_large_pictures_say_how_many_pixels_fit(llm, photo):
+    part = {"type": "image_url", "image_url": str(photo)}
+    large = {"image": {"min_pixels": 6_000_000, "max_pixels": 8_000_000}}
+    with pytest.raises(ContextLengthError, match=r"set mm_processor_kwargs\.image\.max_pixels to (\d+)") as caught:
+        llm.chat(ask(part, "x"), GREEDY, mm_processor_kwargs=large)
+    pixels = int(re.search(r"max_pixels to (\d+)", caught.value.message)[1])
+    fitting = {"image": {"min_pixels": min(pixels, 6_000_000), "max_pixels": pixels}}
+    assert llm.chat(ask(part, "x"), GREEDY, mm_processor_kwargs=fitting).media[0].num_tokens > 0
+
+
+def test_the_server_shows_less_of_what_does_not_fit_if_asked_to(llm, tmp_path, photo):
+    clip = make_clip(tmp_path / "long.mp4", 400, 128, 128, rate=10)
+    image = {"type": "image_url", "image_url": str(photo)}
+    options = {
+        "media_io_kwargs": {"video": {"num_frames": 400}},
+        "mm_processor_kwargs": {"video": {"max_pixels": 100_000_000}, "image": {"min_pixels": 900_000}},
+    }
+    messages = ask(image, video(clip), "x")
+    with pytest.raises(ContextLengthError):
+        llm.chat(messages, GREEDY, media_overflow="error", **options)
+    out = llm.chat(messages, GREEDY, media_overflow="fit", **options)
+    assert out.finish_reason == "length"
+    shown_image, shown_video = out.media
+    assert 0 < shown_video.num_frames < 400
+    assert shown_image.height * shown_image.width < 900_000 / 16
+    for record, words in ((shown_image, "pixels planned"), (shown_video, "400 frames of 128 x 128 pixels planned")):
+        (note,) = [note for note in record.notes if "media_overflow" in note]
+        assert words in note
+    # Next to nothing is wasted: one more frame would not have fitted.
+    again = llm.chat(messages, GREEDY, media_overflow="fit", **options)
+    assert (again.media[1].frame_indices, again.media[1].cached) == (shown_video.frame_indices, True)
+    assert out.usage.prompt_tokens > 0.9 * SMALL["max_model_len"]
+
+
+def test_what_fits_is_shown_as_it_is(llm, clip, photo):
+    messages = ask(video(clip), {"type": "image_url", "image_url": str(photo)}, "x")
+    whole, fitted = llm.chat(messages, GREEDY), llm.chat(messages, GREEDY, media_overflow="fit")
+    assert [(m.frame_indices, m.height, m.notes) for m in whole.media] == [
+        (m.frame_indices, m.height, m.notes) for m in fitted.media
+    ]
+    assert whole.token_ids == fitted.token_ids
+
+
+def test_what_never_fits_is_refused_even_then(llm, clip):
+    with pytest.raises(ContextLengthError, match="would fit"):
+        llm.chat(ask(video(clip), "x " * 5000), GREEDY, media_overflow="fit")
+    with pytest.raises(InvalidRequestError, match='"error" or "fit"') as caught:
+        llm.chat(ask("x"), GREEDY, media_overflow="shrink")
+    assert caught.value.param == "media_overflow"
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -50,7 +50,19 @@ class AsyncLLM:
     async def start(cls, config: LLMConfig) -> AsyncLLM:
         """Load the processor here and the weights in the engine process; raises ModelLoadError."""
         prompts = await asyncio.to_thread(PromptBuilder, config)
-        return cls(config, prompts, await EngineClient.start(config.engine))
+        getting_ready = asyncio.ensure_future(prompts.start())
+        try:
+            llm = cls(config, prompts, await EngineClient.start(config.engine))
+        except BaseException:
+            getting_ready.cancel()
+            await prompts.close()
+            raise
+        try:
+            await getting_ready
+        except BaseException:
+            await llm.close()
+            raise
+        return llm
 
     @property
     def max_model_len(self) -> int:
@@ -86,6 +98,7 @@ class AsyncLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        media_overflow: str | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation, step by step.
@@ -105,6 +118,7 @@ class AsyncLLM:
             chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            media_overflow=media_overflow,
             report=report,
         )
         room = self.max_model_len - len(prompt.token_ids)
@@ -133,7 +147,7 @@ class AsyncLLM:
     async def stats(self) -> dict[str, Any]:
         """Counters of the engine and the media cache, for tests and monitoring."""
         engine = await self._engine.stats()
-        return {**engine, "media_cache": dataclasses.asdict(self._prompts.pipeline.stats)}
+        return {**engine, **self._prompts.stats()}
 
     async def close(self) -> None:
         """End the engine process and release everything."""
@@ -253,10 +267,12 @@ class LLM:
         media_io_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        media_overflow: str | None = None,
     ) -> Any:
         """Answer one conversation (a list of messages) or several (a list of such lists, answered together).
 
-        ``sampling_params`` None means the checkpoint's own. Returns a :class:`RequestOutput`, or a list of them in order.
+        ``sampling_params`` None means the checkpoint's own; ``media_overflow`` "fit" shows less of media that do not fit
+        the context instead of refusing them. Returns a :class:`RequestOutput`, or a list of them in order.
         Raises the InvalidRequestError family for a wrong request and EngineDeadError if the engine ended.
         """
         params = sampling_params or self._llm.default_sampling_params()
@@ -271,6 +287,7 @@ class LLM:
                     media_io_kwargs=media_io_kwargs,
                     mm_processor_kwargs=mm_processor_kwargs,
                     chat_template_kwargs=chat_template_kwargs,
+                    media_overflow=media_overflow,
                 )
                 last = await anext(outputs)
                 async for output in outputs:

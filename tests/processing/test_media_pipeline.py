@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from filmstrip.errors import MediaDecodeError
+from filmstrip.errors import MediaDecodeError, MediaTooLargeError
 from filmstrip.media.loader import FetchedMedia
 from filmstrip.processing.media_pipeline import MediaPipeline
 from filmstrip.shared_tensor import SharedTensor
@@ -162,3 +162,25 @@ async def test_closing_stops_what_is_under_way(pipeline):
         await task
     assert pipeline._loader.opened[0].closed
     assert threading.active_count() < 50
+
+
+# Longest part
+
+
+@pytest.mark.parametrize("fit", [False, True])
+async def test_parts_longer_than_allowed_are_refused_or_cut(fit):
+    pipeline = MediaPipeline(FakeLoader(), FakeProcessor(), 1 << 20, 0.5)  # pyright: ignore[reportArgumentType]
+    if not fit:
+        with pytest.raises(
+            MediaTooLargeError, match=r"is 1.0 seconds long; the limit is 0.5 \(max_video_duration_seconds"
+        ) as caught:
+            await pipeline.plan(item())
+        assert "start and end" in caught.value.message
+    else:
+        planned = await pipeline.plan(item(), fit=True)
+        assert planned.item.sampling.end_seconds == 0.5
+        assert "only 0.5 of 1.0 seconds" in planned.notes[0]
+        planned.close()
+    part = await pipeline.plan(item(start_seconds=0.4, end_seconds=0.7))
+    assert part.notes == ()
+    part.close()

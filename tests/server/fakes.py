@@ -78,6 +78,7 @@ class FakeLLM:
         chat_template_kwargs: Any = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        media_overflow: Any = None,
         on_progress: Any = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         call = {name: value for name, value in locals().items() if name not in ("self", "on_progress")}

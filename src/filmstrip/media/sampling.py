@@ -91,6 +91,11 @@ def sample_frame_indices(
     return tuple(np.linspace(first, last, count).astype(int).tolist())
 
 
+def shown_seconds(metadata: VideoMetadata, sampling: FrameSampling) -> float:
+    """Length in seconds of the part between ``start_seconds`` and ``end_seconds``; raises as :func:`candidate_range`."""
+    return _shown_seconds(metadata, *candidate_range(metadata, sampling))
+
+
 def _shown_seconds(metadata: VideoMetadata, first: int, last: int) -> float:
     """How long frames ``first`` to ``last`` are shown; at a variable rate that does not follow from their number."""
     if last - first + 1 == metadata.total_num_frames:

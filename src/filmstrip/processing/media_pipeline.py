@@ -9,12 +9,14 @@ the same pixels at the same time wait for one decode.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from filmstrip.errors import InvalidRequestError, MediaError
+from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
 from filmstrip.media.loader import FetchedMedia, MediaLoader, OpenedMedia, is_presampled
+from filmstrip.media.sampling import shown_seconds
 from filmstrip.processing.base import PlannedMedia, Processor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
 from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, VideoMetadata
@@ -40,15 +42,20 @@ class ProcessedMedia:
 
 @dataclass
 class PlannedItem:
-    """One item of a request after planning; ``processed`` is set when it came from the cache."""
+    """One item of a request after planning; ``processed`` is set when it came from the cache.
+
+    ``notes`` is what people should know of how it was planned.
+    """
 
     item: MediaItem
     media: PlannedMedia
     metadata: VideoMetadata | ImageMetadata
+    fetched: FetchedMedia
     cache_key: str
     media_hash: str
     opened: OpenedMedia | None = None
     processed: ProcessedMedia | None = None
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Release the open file, if any; may be called twice."""
@@ -76,10 +83,20 @@ class MediaCacheStats:
 
 
 class MediaPipeline:
-    """Runs on one event loop; ``max_cache_bytes`` bounds what is kept between requests."""
+    """Runs on one event loop; ``max_cache_bytes`` bounds what is kept between requests.
 
-    def __init__(self, loader: MediaLoader, processor: Processor, max_cache_bytes: int) -> None:
+    ``max_video_duration_seconds`` bounds the part of a video that is looked at.
+    """
+
+    def __init__(
+        self,
+        loader: MediaLoader,
+        processor: Processor,
+        max_cache_bytes: int,
+        max_video_duration_seconds: float | None = None,
+    ) -> None:
         self.stats = MediaCacheStats()
+        self._max_video_duration_seconds = max_video_duration_seconds
         self._loader, self._processor, self._max_cache_bytes = loader, processor, max_cache_bytes
         self._max_cache_items = max_kept_tensors()
         self._cache: OrderedDict[str, ProcessedMedia] = OrderedDict()
@@ -92,30 +109,66 @@ class MediaPipeline:
         self._cache.clear()
         await self._loader.close()
 
-    async def plan(self, item: MediaItem) -> PlannedItem:
-        """Fetch ``item`` and decide what of it is shown; raises the MediaError family."""
+    async def plan(self, item: MediaItem, *, fit: bool = False) -> PlannedItem:
+        """Fetch ``item`` and decide what of it is shown; raises the MediaError family.
+
+        ``fit``: look at the beginning of a part that is longer than the server allows, instead of refusing it.
+        """
         if item.type not in self._processor.modalities:
             taken = " and ".join(sorted(f"{modality}_url" for modality in self._processor.modalities))
-            raise InvalidRequestError(
-                f"the model takes no {item.type}_url; it takes {taken or 'text only'}", param=item.param
-            )
+            message = f"the model takes no {item.type}_url; it takes {taken or 'text only'}"
+            raise InvalidRequestError(message, param=item.param)
         fetched = await self._loader.fetch(item)
-        cache_key = _cache_key(fetched)
-        processed = self._cached(cache_key)
+        processed = self._cached(_cache_key(fetched))
         if processed is not None:
             self.stats.hits += 1
-            return PlannedItem(
-                item, processed.media, processed.metadata, cache_key, processed.media_hash, processed=processed
-            )
+            return _planned(fetched, processed.media, processed.metadata, processed=processed)
         self.stats.misses += 1
         opened = await self._loader.open(fetched)
         try:
             assert isinstance(opened.metadata, VideoMetadata | ImageMetadata)
+            item, notes = self._within_duration(item, opened.metadata, fit=fit)
             media = self.plan_media(item, opened.metadata)
         except BaseException:
             opened.close()
             raise
-        return PlannedItem(item, media, opened.metadata, cache_key, _media_hash(fetched, media.plan), opened)
+        fetched = dataclasses.replace(fetched, item=item)
+        return _planned(fetched, media, opened.metadata, opened=opened, notes=notes)
+
+    def replan(self, planned: PlannedItem, item: MediaItem, note: str) -> PlannedItem:
+        """The same bytes with other wishes, which takes over the open file; ``note`` says so in the item's record."""
+        if item == planned.item:
+            return planned
+        fetched = dataclasses.replace(planned.fetched, item=item)
+        media = self.plan_media(item, planned.metadata)
+        processed = self._cached(_cache_key(fetched))
+        opened, planned.opened = planned.opened, None
+        notes = (*planned.notes, note)
+        again = _planned(fetched, media, planned.metadata, opened=opened, processed=processed, notes=notes)
+        if processed is not None:
+            again.close()
+        return again
+
+    def _within_duration(
+        self, item: MediaItem, metadata: VideoMetadata | ImageMetadata, *, fit: bool
+    ) -> tuple[MediaItem, tuple[str, ...]]:
+        """``item`` as it may be looked at, and what was changed; MediaTooLargeError if nothing may be changed."""
+        limit = self._max_video_duration_seconds
+        if limit is None or not isinstance(metadata, VideoMetadata) or is_presampled(item):
+            return item, ()
+        seconds = shown_seconds(metadata, item.sampling)
+        if seconds <= limit:
+            return item, ()
+        if not fit:
+            raise MediaTooLargeError(
+                f"the part of the video to look at is {seconds:.1f} seconds long; the limit is {limit:g} "
+                "(max_video_duration_seconds, --max-video-duration-seconds); choose a part with start and end",
+                param=item.param,
+            )
+        start = item.sampling.start_seconds or 0.0
+        sampling = dataclasses.replace(item.sampling, end_seconds=start + limit)
+        note = f"only {limit:g} of {seconds:.1f} seconds are looked at (max_video_duration_seconds)"
+        return dataclasses.replace(item, sampling=sampling), (note,)
 
     def plan_media(self, item: MediaItem, metadata: VideoMetadata | ImageMetadata) -> PlannedMedia:
         """The model's choice of frames and size for ``item``, from what its header says."""
@@ -137,6 +190,8 @@ class MediaPipeline:
         if ready is not None:
             planned.close()
             return ready
+        if planned.opened is None and planned.cache_key not in self._decodes:
+            planned.opened = await self._loader.open(planned.fetched)  # what was cached is not what is wanted now
         decode = self._decodes.get(planned.cache_key)
         if decode is None:
             decode = self._start_decode(planned)
@@ -203,15 +258,31 @@ class MediaPipeline:
         self.stats.num_items = len(self._cache)
 
 
+def _planned(
+    fetched: FetchedMedia,
+    media: PlannedMedia,
+    metadata: VideoMetadata | ImageMetadata,
+    *,
+    opened: OpenedMedia | None = None,
+    processed: ProcessedMedia | None = None,
+    notes: tuple[str, ...] = (),
+) -> PlannedItem:
+    media_hash = processed.media_hash if processed is not None else _media_hash(fetched, media.plan)
+    key = _cache_key(fetched)
+    return PlannedItem(fetched.item, media, metadata, fetched, key, media_hash, opened, processed, notes)
+
+
 def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(metadata.timestamps[list(frame_indices)].tolist())
 
 
 def _cache_key(fetched: FetchedMedia) -> str:
     item = fetched.item
-    options = repr((item.type.value, item.sampling, item.timing, item.pixels))
+    options = repr((item.type.value, item.sampling, item.timing, item.pixels, item.video_decoder))
     return hashlib.sha256(f"{fetched.content_hash}\n{options}".encode()).hexdigest()
 
 
 def _media_hash(fetched: FetchedMedia, plan: FramePlan) -> str:
-    return hashlib.sha256(f"{fetched.content_hash}\n{fetched.item.type.value}\n{plan!r}".encode()).hexdigest()
+    # Decoders differ in the last bits of colours, so each has features of its own.
+    what = (fetched.item.type.value, fetched.item.video_decoder, plan)
+    return hashlib.sha256(f"{fetched.content_hash}\n{what!r}".encode()).hexdigest()

@@ -6,16 +6,16 @@ Phase one loads headers and plans; then the prompt's length is known and checked
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from filmstrip.config import LLMConfig
-from filmstrip.errors import ContextLengthError
-from filmstrip.media.loader import MediaLoader, is_presampled
+from filmstrip.errors import ContextLengthError, InvalidRequestError
+from filmstrip.media.loader import MediaLoader
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.fitting import Fitting
 from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem, ProcessedMedia
 from filmstrip.processing.messages import MediaOptions, parse_media_options, parse_messages
 from filmstrip.processing.placeholders import Assembled, assemble
@@ -31,7 +31,6 @@ from filmstrip.types import (
     ProcessedPrompt,
     Progress,
     ProgressStage,
-    VideoMetadata,
 )
 
 T = TypeVar("T")
@@ -47,8 +46,12 @@ class PromptBuilder:
         self.generation_config = files.json("generation_config.json")
         self._template = ChatTemplate(self.tokenizer, files)
         self._processor = create_processor(self.tokenizer, files, config.processor, config.media)
+        self._loader = MediaLoader(config.media)
         self.pipeline = MediaPipeline(
-            MediaLoader(config.media), self._processor, int(config.media.media_cache_gb * 1024**3)
+            self._loader,
+            self._processor,
+            int(config.media.media_cache_gb * 1024**3),
+            config.media.max_video_duration_seconds,
         )
         self._max_items = config.media.max_items_per_request
         self._default_options = MediaOptions(
@@ -65,10 +68,12 @@ class PromptBuilder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        media_overflow: str | None = None,
         report: Callable[[Progress], None],
     ) -> ProcessedPrompt:
         """The prompt of a conversation, its media decoded; all of them at the same time.
 
+        ``media_overflow`` "error" (or None) refuses media that do not fit the context, "fit" shows less of them.
         Raises the InvalidRequestError family, ContextLengthError before anything is decoded.
         """
         options = parse_media_options(media_io_kwargs, mm_processor_kwargs, self._default_options)
@@ -80,20 +85,43 @@ class PromptBuilder:
             continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
         )
-        return await self._prepare(pieces, conversation.items, max_model_len, report)
+        fit = _is_fit(media_overflow)
+        return await self._prepare(pieces, conversation.items, max_model_len, report, fit=fit)
+
+    async def start(self) -> None:
+        """Get the decoders ready."""
+        await self._loader.start()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the media cache and the decoder processes."""
+        return {
+            "media_cache": vars(self.pipeline.stats).copy(),
+            "media_workers": vars(self._loader.worker_stats).copy(),
+        }
 
     async def close(self) -> None:
         """Stop downloads and decodes, drop what is cached."""
         await self.pipeline.close()
 
     async def _prepare(
-        self, pieces: list[str | int], items: list[MediaItem], max_model_len: int, report: Callable[[Progress], None]
+        self,
+        pieces: list[str | int],
+        items: list[MediaItem],
+        max_model_len: int,
+        report: Callable[[Progress], None],
+        *,
+        fit: bool,
     ) -> ProcessedPrompt:
         fetched = _Counter("fetch", len(items), report)
         planned = await gather_or_cancel(
-            [fetched.count(self.pipeline.plan(item)) for item in items], discard=PlannedItem.close
+            [fetched.count(self.pipeline.plan(item, fit=fit)) for item in items], discard=PlannedItem.close
         )
         try:
+            if fit and planned:
+                less = await asyncio.to_thread(self._fitting_items, pieces, planned, max_model_len)
+                for place, item in enumerate(less):
+                    note = _fit_note(planned[place], max_model_len)
+                    planned[place] = self.pipeline.replan(planned[place], item, note)
             assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
             decoded = _Counter("decode", sum(len(item.media.plan.frame_indices) for item in planned), report)
             ready = await gather_or_cancel(
@@ -109,7 +137,7 @@ class PromptBuilder:
             assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
         features = tuple(self._feature(item, assembled.segments(i)) for i, item in enumerate(ready))
         records = tuple(
-            _record(item, feature, cached=before.processed is not None)
+            _record(item, feature, cached=before.processed is not None, notes=before.notes)
             for item, feature, before in zip(ready, features, planned, strict=True)
         )
         positions, delta = self._processor.positions(assembled)
@@ -139,37 +167,28 @@ class PromptBuilder:
             else f"the media alone have {media_tokens} tokens, but prompt and answer together may have {max_model_len} "
             "(--max-model-len)"
         )
-        videos = [item for item in planned if isinstance(item.metadata, VideoMetadata)]
-        if videos:
-            largest = max(videos, key=lambda item: item.media.plan.patches_shape[0])
-            message += "; " + self._advice(pieces, planned, largest, max_model_len)
-        elif planned:
-            message += "; lower mm_processor_kwargs.image.max_pixels"
+        if planned:
+            message += "; " + self._fitting(pieces, planned, max_model_len).advice()
         raise ContextLengthError(message, param="messages")
 
-    def _advice(
-        self, pieces: list[str | int], planned: list[PlannedItem], largest: PlannedItem, max_model_len: int
-    ) -> str:
-        """How many frames of the largest video would fit, found by planning it with fewer."""
+    def _fitting(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> Fitting:
+        def plan(item: MediaItem, before: PlannedItem) -> PlannedMedia:
+            return self.pipeline.plan_media(item, before.metadata)
 
-        def fits(num_frames: int) -> bool:
-            sampling = dataclasses.replace(largest.item.sampling, num_frames=num_frames, fps=None, min_frames=None)
-            item = dataclasses.replace(largest.item, sampling=sampling)
-            smaller = self.pipeline.plan_media(item, largest.metadata)
-            media = [smaller if other is largest else other.media for other in planned]
+        def fits(media: Sequence[PlannedMedia]) -> bool:
             if sum(map(_num_tokens, media)) >= max_model_len:
                 return False
             return len(self._assemble(pieces, media).token_ids) < max_model_len
 
-        low, high = 0, len(largest.media.plan.frame_indices)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        frames = len(largest.media.plan.frame_indices)
-        if low == 0:
-            return f"not even one of the video's {frames} frames would fit beside the rest"
-        how = "send fewer frames" if is_presampled(largest.item) else f"set media_io_kwargs.video.num_frames to {low}"
-        return f"{low} of the video's {frames} frames would fit: {how}, or lower mm_processor_kwargs.video.max_pixels"
+        return Fitting(planned, plan, fits)
+
+    def _fitting_items(
+        self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int
+    ) -> list[MediaItem]:
+        """The items, asking for less where that makes them fit; unchanged if they fit already, or never do."""
+        fitting = self._fitting(pieces, planned, max_model_len)
+        fitted = None if fitting.fits_now() else fitting.fit()
+        return fitted or [item.item for item in planned]
 
 
 class _Counter:
@@ -188,12 +207,29 @@ class _Counter:
         return result
 
 
+def _is_fit(media_overflow: str | None) -> bool:
+    if media_overflow not in (None, "error", "fit"):
+        raise InvalidRequestError(
+            f'media_overflow must be "error" or "fit", not {media_overflow!r:.80}', param="media_overflow"
+        )
+    return media_overflow == "fit"
+
+
+def _fit_note(before: PlannedItem, max_model_len: int) -> str:
+    plan = before.media.plan
+    frames = f"{len(plan.frame_indices)} frames of " if before.media.modality is Modality.VIDEO else ""
+    return (
+        f"shown with less than the {frames}{plan.width} x {plan.height} pixels planned, to fit the context of "
+        f"{max_model_len} tokens (media_overflow)"
+    )
+
+
 def _num_tokens(media: PlannedMedia) -> int:
     """Embeddings of an item, from its plan."""
     return media.plan.patches_shape[0] // media.plan.layout.merge_size**2
 
 
-def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool) -> MediaRecord:
+def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool, notes: tuple[str, ...]) -> MediaRecord:
     plan = item.media.plan
     is_video = item.media.modality is Modality.VIDEO
     return MediaRecord(
@@ -205,5 +241,5 @@ def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool) -> Med
         width=plan.width,
         num_tokens=sum(segment.length for segment in feature.segments),
         cached=cached,
-        notes=list(item.notes),
+        notes=[*item.notes, *notes],
     )

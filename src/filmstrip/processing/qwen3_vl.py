@@ -131,7 +131,7 @@ class Qwen3VLProcessor:
         total = metadata.total_num_frames
         if presampled:
             wanted = sampling.num_frames if sampling.num_frames is not None and sampling.num_frames > 0 else total
-            num_frames = min(wanted, total, self._max_video_frames)
+            num_frames = min(wanted, total, self._max_video_frames, sampling.max_frames or total)
             return tuple(np.linspace(0, total - 1, num_frames).round().astype(int).tolist())
         if is_explicit(sampling):
             return sample_frame_indices(metadata, sampling, max_frames=self._max_video_frames)

@@ -99,6 +99,7 @@ async def _outputs(state: ServerState, body: ChatCompletionRequest, answer_id: s
         params,
         request_id=answer_id,
         media_io_kwargs=body.media_io_kwargs,
+        media_overflow=body.media_overflow,
         mm_processor_kwargs=body.mm_processor_kwargs,
         chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=add_generation_prompt,

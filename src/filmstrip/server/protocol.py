@@ -65,6 +65,8 @@ class ChatCompletionRequest(BaseModel):
 
     media_io_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    media_overflow: str | None = None
+    """What to do with media that do not fit the context: "error" refuses them, "fit" shows less of them and says so."""
     return_media_info: bool | None = None
     """Say in ``media`` what was looked at: frames, their times, sizes and token counts."""
     chat_template_kwargs: dict[str, Any] | None = None
