@@ -125,6 +125,18 @@ def parse_redirect(location: str, current: HttpTarget, *, same_port_only: bool) 
     return target
 
 
+def normal_domain(domain: str) -> str:
+    """A host name or address (IPv6 with or without brackets) as :class:`HttpTarget` has it: equal text is the same host.
+
+    Raises MediaBlockedError for anything else, such as a port, a scheme, a wildcard or an address in an unusual form.
+    """
+    _check_readable(domain)
+    match = _AUTHORITY.fullmatch(f"[{domain}]" if isinstance(parse_address(domain), ipaddress.IPv6Address) else domain)
+    if match is None or match["port"] is not None:
+        raise MediaBlockedError("not a host name or address")
+    return _normal_host(match["host"])
+
+
 def parse_address(text: str) -> IPAddress | None:
     """``text`` as an IP address in its one normal spelling (no scope id), or None."""
     if "%" in text:
