@@ -98,12 +98,13 @@ def data_url(data: bytes, media_type: str) -> str:
 class AttackedServer:
     """The whole server on a free port, whose fetcher sees a hostile internet; on an event loop in its own thread."""
 
-    def __init__(self, model: str, media_path: Path, clip: bytes, folder: Path, **media: Any) -> None:
+    def __init__(self, model: str, media_path: Path | None, clip: bytes, folder: Path, **media: Any) -> None:
         self.internet = Internet(clip, folder)
         self._clip_url = data_url(clip, "video/mp4")
         limits = {"fetch_timeout_seconds": FETCH_SECONDS, "max_media_bytes": MAX_MEDIA_BYTES}
         limits |= {"max_items_per_request": MAX_ITEMS, "max_video_frames": 32, "decode_timeout_seconds": 20.0}
-        settings = {"allow_local_files": False, "allowed_local_media_path": str(media_path), "num_decode_threads": 2}
+        settings = {"allow_local_files": False, "num_decode_threads": 2}
+        settings |= {} if media_path is None else {"allowed_local_media_path": str(media_path)}
         engine = EngineConfig(model, kv_cache_gb=0.05, encoder_cache_gb=0.01, max_model_len=4096, num_threads=2)
         llm = LLMConfig(engine, MediaConfig(**settings, **limits, **media))
         self._config = ServerConfig(llm, port=0, served_model_name=NAME)
@@ -118,7 +119,7 @@ class AttackedServer:
         headers = {"Authorization": "Bearer client-key", "Cookie": "session=client-cookie"}
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
         ports = {int(self.url.rpartition(":")[2]), self.internet.site.port, self.internet.canary.port}
-        WATCH.expected_ports = {*ports, self.internet.tls_port}
+        WATCH.expected_ports |= {*ports, self.internet.tls_port}
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -22,10 +22,11 @@ from tests.media.web import PUBLIC, Exchange, FakeNetwork, Site, serving
 HOST = "allowed.test"
 SECRET = "s3cret-text-of-the-site"
 PLAIN_NAMES = {
-    HOST: ["93.184.216.34"],
+    HOST: [PUBLIC],
     "evilallowed.test": [PUBLIC],
     "allowed.test.evil.com": [PUBLIC],
     "xn--llowed-7ve.test": [PUBLIC],
+    "xn--bcher-kva.test": [PUBLIC],
     "localhost": ["127.0.0.1", "::1"],
     "metadata.google.internal": ["169.254.169.254"],
     "private.test": ["10.0.0.7"],
@@ -40,16 +41,17 @@ PLAIN_NAMES = {
 class Names:
     """The name server; ``rebinding.test`` has a public address the first time it is asked and a private one after."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: dict[str, list[str]]) -> None:
         self.asked: list[str] = []
+        self._table = table
 
     async def resolve(self, host: str) -> list[str]:
         self.asked.append(host)
         if host == "rebinding.test":
             return [PUBLIC] if self.asked.count(host) == 1 else ["127.0.0.1"]
-        if host not in PLAIN_NAMES:
+        if host not in self._table:
             raise OSError("unknown host")
-        return PLAIN_NAMES[host]
+        return self._table[host]
 
 
 class Network(FakeNetwork):
@@ -69,7 +71,8 @@ class Internet:
 
     def __init__(self, clip: bytes, folder: Path) -> None:
         """``clip`` is a good video, ``folder`` is for the TLS site's certificate, which nobody vouches for."""
-        self.names = Names()
+        self.table = dict(PLAIN_NAMES)
+        self.names = Names(self.table)
         self._clip, self._folder = clip, folder
         self._stack = contextlib.AsyncExitStack()
         self.site: Site
