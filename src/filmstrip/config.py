@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from filmstrip.types import FrameSampling, PixelLimits
+
+VIDEO_DECODERS = ("pyav", "torchcodec", "decord", "opencv", "torchvision")
+"""Libraries that videos can be decoded with, the default first."""
+VIDEO_DECODER_VARIABLE = "FILMSTRIP_VIDEO_DECODER"
 
 
 @dataclass(frozen=True)
@@ -13,6 +19,7 @@ class MediaConfig:
 
     ``allow_local_files`` is True for the Python API; the server sets it False and gives ``allowed_local_media_path``, the
     one directory files may come from. ``video`` is the server-wide sampling default (``--media-io-kwargs``).
+    ``limit_mm_per_prompt`` is by modality: image, video, time_series.
     """
 
     allow_local_files: bool = True
@@ -42,9 +49,11 @@ class MediaConfig:
     max_time_series_channels: int = 4096
     """Most channels of a time series."""
     max_items_per_request: int = 64
-    """Most images and videos in one request."""
-    video_decoder: str = "pyav"
-    """Library that decodes videos: pyav, torchcodec, decord, opencv or torchvision."""
+    """Most media items in one request."""
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    """Most items of a modality in one request; only the limit on all of them if a modality is not named."""
+    video_decoder: str = field(default_factory=lambda: os.environ.get(VIDEO_DECODER_VARIABLE) or "pyav")
+    """Library that decodes videos; FILMSTRIP_VIDEO_DECODER in the environment does the same, and pyav is used without."""
     allowed_video_decoders: tuple[str, ...] = ()
     """Library that a request may choose with media_io_kwargs.video.backend; only the server's own if none is given."""
     num_decode_threads: int | None = None

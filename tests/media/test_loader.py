@@ -337,7 +337,7 @@ async def test_reading_a_closed_item_is_an_error(loader, clip):
 
 async def test_a_fetcher_can_be_given(clip):
     class OneClip(Fetcher):
-        async def fetch(self, url, *, param=None):
+        async def fetch(self, url, *, param=None, sparse=False):
             return await super().fetch(data_url("video/mp4", clip))
 
     loader = MediaLoader(MediaConfig(num_decode_threads=1), OneClip(MediaConfig()))

@@ -181,6 +181,7 @@ async def test_everything_reaches_the_model():
         "media_io_kwargs": {"video": {"num_frames": 10}},
         "mm_processor_kwargs": {"video": {"max_pixels": 4096}},
         "chat_template_kwargs": {"enable_thinking": False},
+        "media_overflow": "fit",
     }
     messages = [
         {"role": "system", "content": "Be short."},

@@ -12,18 +12,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from filmstrip.cli.options import UsageError, add_flags, flag_name, given_flags, read_flags
-from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig, ServerConfig
+from filmstrip.config import (
+    VIDEO_DECODERS,
+    EngineConfig,
+    LLMConfig,
+    MediaConfig,
+    ProcessorConfig,
+    ServerConfig,
+)
 from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options
-from filmstrip.types import FrameSampling, FrameTiming, SamplingParams
+from filmstrip.types import FrameSampling, FrameTiming, Modality, SamplingParams
 
 API_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "video_prompt_form": ("auto", "nested", "flat"),
+    "video_decoder": VIDEO_DECODERS,
+    "allowed_video_decoders": VIDEO_DECODERS,
     "log_level": ("debug", "info", "warning", "error"),
 }
+_ALIASES = {"max_video_duration_seconds": "--max-video-duration"}
+"""Shorter names of flags."""
 _ANSWER_FLAGS = frozenset({"seed"})
 """Flags of ``chat`` that are about its answers and not, as in ``serve``, about the engine."""
 _REQUEST_NAMES = {"start_seconds": "start", "end_seconds": "end"}
@@ -170,7 +181,15 @@ def _add_llm_flags(
     engine = parser.add_argument_group("engine")
     add_flags(engine, EngineConfig, skip={"model"} | skip_engine, choices=_CHOICES, bounds=_BOUNDS)
     media = parser.add_argument_group("media")
-    add_flags(media, MediaConfig, skip={"video"} | skip_media, bounds=_BOUNDS)
+    special = {"video", "limit_mm_per_prompt"}
+    add_flags(media, MediaConfig, skip=special | skip_media, choices=_CHOICES, bounds=_BOUNDS, aliases=_ALIASES)
+    media.add_argument(
+        "--limit-mm-per-prompt",
+        type=_limit_mm_per_prompt,
+        default={},
+        metavar="JSON",
+        help='Most items of a modality in one request, e.g. \'{"image": 8, "video": 2}\'',
+    )
     media.add_argument(
         "--media-io-kwargs",
         type=_media_io_kwargs,
@@ -197,7 +216,13 @@ def _llm_config(
     pixels = arguments.mm_processor_kwargs or MediaOptions()
     return LLMConfig(
         EngineConfig(arguments.model, **given_flags(arguments, EngineConfig, skip={"model"} | skip_engine)),
-        read_flags(arguments, MediaConfig, allow_local_files=allow_local_files, video=sampling),
+        read_flags(
+            arguments,
+            MediaConfig,
+            allow_local_files=allow_local_files,
+            video=sampling,
+            limit_mm_per_prompt=arguments.limit_mm_per_prompt,
+        ),
         read_flags(arguments, ProcessorConfig, image=pixels.image_pixels, video=pixels.video_pixels),
     )
 
@@ -233,6 +258,18 @@ def _media_options(media_io_kwargs: Any, mm_processor_kwargs: Any) -> MediaOptio
         return parse_media_options(media_io_kwargs, mm_processor_kwargs, MediaOptions())
     except InvalidRequestError as error:
         raise argparse.ArgumentTypeError(error.message) from None
+
+
+def _limit_mm_per_prompt(text: str) -> dict[str, int]:
+    limits = _json_object(text)
+    for name, limit in limits.items():
+        if name not in set(map(str, Modality)):
+            raise argparse.ArgumentTypeError(
+                f"there is no modality {name!r}; there are {', '.join(map(str, Modality))}"
+            )
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise argparse.ArgumentTypeError(f"the limit of {name} must be an integer >= 0, not {limit!r}")
+    return limits
 
 
 def _json_object(text: str) -> dict[str, Any]:

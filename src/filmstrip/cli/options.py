@@ -35,12 +35,14 @@ def add_flags(
     skip: Collection[str] = (),
     choices: Mapping[str, Collection[str]] | None = None,
     bounds: Bounds | None = None,
+    aliases: Mapping[str, str] | None = None,
     show_defaults: bool = True,
 ) -> None:
     """Add a flag for each field of the dataclass ``kind``.
 
     A flag that is not given leaves no attribute behind, so the dataclass keeps its say on defaults. A number outside its
-    ``bounds`` is refused when it is parsed. ``show_defaults`` False is for dataclasses whose defaults are overruled.
+    ``bounds`` is refused when it is parsed. ``aliases`` are second
+    names of flags. ``show_defaults`` False is for dataclasses whose defaults are overruled.
     """
     hints = typing.get_type_hints(kind)
     docs = field_docs(kind)
@@ -49,11 +51,14 @@ def add_flags(
             continue
         shape: dict[str, Any] = _shape(hints[field.name], (bounds or {}).get(field.name))
         if choices and field.name in choices:
-            shape = {"choices": choices[field.name]}
+            repeats = {"action": "append"} if typing.get_origin(hints[field.name]) is tuple else {}
+            shape = {"choices": choices[field.name], **repeats}
+        default = None if field.default is dataclasses.MISSING else field.default
         parser.add_argument(
             flag_name(field.name),
+            *([aliases[field.name]] if aliases and field.name in aliases else []),
             default=argparse.SUPPRESS,
-            help=_help(docs[field.name], field.default if show_defaults else None),
+            help=_help(docs[field.name], default if show_defaults else None),
             **shape,
         )
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,9 @@ from filmstrip.media.fetch import Fetcher, about, is_frames_url
 from filmstrip.media.frames import check_frame_array, open_frame_array
 from filmstrip.media.image import image_from_data
 from filmstrip.media.patches import write_patches
+from filmstrip.media.remote import RangeServer
 from filmstrip.media.source import FileSource, MediaSource, file_source, pack
+from filmstrip.media.sparse import SparseFile
 from filmstrip.media.video import read_patches
 from filmstrip.media.workers import Worker, WorkerPool, WorkerStats
 from filmstrip.shared_tensor import SharedTensor
@@ -36,7 +39,7 @@ from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, TimeS
 
 T = TypeVar("T")
 
-Content = MediaSource | tuple[MediaSource, ...] | np.ndarray
+Content = MediaSource | SparseFile | tuple[MediaSource, ...] | np.ndarray
 Metadata = VideoMetadata | ImageMetadata | TimeSeriesMetadata
 _ReadPixels = Callable[[FramePlan, int, threading.Event], tuple[SharedTensor, tuple[int, ...]]]
 
@@ -82,11 +85,45 @@ class _OpenedPixels(OpenedMedia):
 class _OpenedFile(OpenedMedia):
     """An item in a worker of its own, which may be let go and started again: ``source`` has its bytes all the time."""
 
-    def __init__(self, item: MediaItem, opening: messages.ToWorker, source: FileSource, worker: Worker) -> None:
+    def __init__(self, item: MediaItem, opening: messages.ToWorker, source: FileSource | SparseFile) -> None:
         self.item = item
         self.is_closed = False
         self.opening, self.source = opening, source
-        self.worker: Worker | None = worker
+        self._worker: Worker | None = None
+        self._ranges: RangeServer | None = None
+
+    @property
+    def worker(self) -> Worker | None:
+        """The worker that has it open, if there is one."""
+        return self._worker
+
+    def give_to(self, worker: Worker) -> None:
+        """Let ``worker`` open it from here on."""
+        self._worker = worker
+
+    async def ask(self, message: messages.ToWorker, descriptors: Sequence[int] = ()) -> messages.FromWorker:
+        """The worker's answer; raises as :meth:`Worker.ask`, and what goes wrong when missing parts are fetched for it."""
+        assert self._worker is not None
+        asking = asyncio.ensure_future(self._worker.ask(message, descriptors))
+        try:
+            if self._ranges is not None:
+                await asyncio.wait({asking, self._ranges.failed}, return_when=asyncio.FIRST_COMPLETED)
+                if self._ranges.failed.done() and not asking.done():
+                    await self._ranges.failed
+            return await asking
+        finally:
+            if not asking.done():
+                asking.cancel()
+                await asyncio.wait({asking})
+
+    async def open(self) -> messages.FromWorker:
+        """Let the worker open it."""
+        if not isinstance(self.source, SparseFile):
+            return await self.ask(self.opening, [self.source.fd])
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._ranges = RangeServer(self.source, ours)
+            return await self.ask(self.opening, [self.source.fd, theirs.fileno()])
 
     def close(self) -> None:
         super().close()
@@ -94,9 +131,12 @@ class _OpenedFile(OpenedMedia):
 
     def let_go(self) -> None:
         """End the worker, if there is one."""
-        worker, self.worker = self.worker, None
+        worker, self._worker = self._worker, None
+        ranges, self._ranges = self._ranges, None
         if worker is not None:
             worker.kill()
+        if ranges is not None:
+            ranges.close()
 
 
 class MediaLoader:
@@ -132,7 +172,10 @@ class MediaLoader:
         return self._pool.stats
 
     async def start(self) -> None:
-        """Get ready to decode, so that the first item need not wait for it."""
+        """Get ready to decode, so that the first item need not wait for it.
+
+        Raises InvalidRequestError if a decoder of the settings cannot be used.
+        """
         await self._pool.start()
 
     async def fetch(self, item: MediaItem) -> FetchedMedia:
@@ -140,14 +183,15 @@ class MediaLoader:
         with about(item.param):
             if item.type not in (Modality.IMAGE, Modality.VIDEO):
                 raise InvalidRequestError(f"media of type {item.type} are not supported", param=item.param)
+            self._check_decoder(item)
+            if item.frame_urls:
+                return _fetched_frames(item, await self._fetcher.fetch_frame_urls(item.frame_urls))
             if item.url is None:
                 return await self._in_thread(lambda _: self._take_object(item))
             _check_data_type(item.url, item.type)
             if is_frames_url(item.url):
-                frames = tuple(await self._fetcher.fetch_frames(item.url))
-                hashes = [frame.content_hash for frame in frames]
-                return FetchedMedia(item, frames, _hash_frames(hashes, item), sum(frame.num_bytes for frame in frames))
-            source = await self._fetcher.fetch(item.url)
+                return _fetched_frames(item, await self._fetcher.fetch_frames(item.url))
+            source = await self._fetcher.fetch(item.url, sparse=item.type is Modality.VIDEO)
             return FetchedMedia(item, source, source.content_hash, source.num_bytes)
 
     async def open(self, fetched: FetchedMedia) -> OpenedMedia:
@@ -158,7 +202,7 @@ class MediaLoader:
                 return await self._in_thread(lambda _: self._open_object(item, content))
             opening, source = await self._in_thread(lambda _: self._opening(item, content))
             async with self._lanes[item.type]:
-                opened = _OpenedFile(item, opening, source, await self._take_worker())
+                opened = _OpenedFile(item, opening, source)
                 try:
                     opened.metadata = await self._start(opened)
                 except BaseException:
@@ -199,9 +243,20 @@ class MediaLoader:
         await self._pool.close()
         await self._fetcher.close()
 
+    def _check_decoder(self, item: MediaItem) -> None:
+        allowed = (self._config.video_decoder, *self._config.allowed_video_decoders)
+        if item.video_decoder is not None and item.video_decoder not in allowed:
+            raise InvalidRequestError(
+                f"the video decoder {item.video_decoder!r:.80} is not open to requests here; {', '.join(allowed)} can be "
+                "chosen (allowed_video_decoders, --allowed-video-decoders)",
+                param=item.param,
+            )
+
     # Files, in workers
 
-    def _opening(self, item: MediaItem, content: MediaSource | tuple[MediaSource, ...]) -> tuple[Any, FileSource]:
+    def _opening(
+        self, item: MediaItem, content: MediaSource | SparseFile | tuple[MediaSource, ...]
+    ) -> tuple[messages.ToWorker, FileSource | SparseFile]:
         """What a worker is told first, and the bytes it gets."""
         config = self._config
         if isinstance(content, tuple):
@@ -212,17 +267,16 @@ class MediaLoader:
             return opening, whole
         if item.type is Modality.IMAGE:
             return messages.OpenImage(config.max_image_pixels), file_source(content)
-        opening = messages.OpenVideo(config.video_decoder, config.max_image_pixels, content.content_hash)
-        return opening, file_source(content)
-
-    async def _take_worker(self) -> Worker:
-        return await self._asked(self._pool.take())
+        decoder = item.video_decoder or config.video_decoder
+        is_remote = isinstance(content, SparseFile)
+        opening = messages.OpenVideo(decoder, config.max_image_pixels, content.content_hash, is_remote)
+        return opening, content if is_remote else file_source(content)
 
     async def _start(self, opened: _OpenedFile) -> Metadata:
-        """Let the worker open the item."""
-        assert opened.worker is not None
-        worker = opened.worker
-        answer = await self._asked(worker.ask(opened.opening, [opened.source.fd]))
+        """Let a fresh worker open the item."""
+        worker = await self._asked(self._pool.take())
+        opened.give_to(worker)
+        answer = await self._asked(opened.open())
         try:
             return messages.metadata_of(answer, self._config.max_image_pixels)
         except ValueError as error:
@@ -233,12 +287,11 @@ class MediaLoader:
     ) -> tuple[SharedTensor, tuple[int, ...]]:
         self._parked.pop(id(opened), None)
         try:
-            if opened.worker is None:
-                opened.worker = await self._take_worker()
-                if not _is_same(await self._start(opened), opened.metadata):
-                    raise MediaDecodeError("the file does not open the same way twice")
+            if opened.worker is None and not _is_same(await self._start(opened), opened.metadata):
+                raise MediaDecodeError("the file does not open the same way twice")
             worker, output = opened.worker, SharedTensor.create(plan.patches_shape)
-            answer = await self._asked(worker.ask(messages.ReadPatches(plan, num_threads), [output.fd]))
+            assert worker is not None
+            answer = await self._asked(opened.ask(messages.ReadPatches(plan, num_threads), [output.fd]))
             if not isinstance(answer, messages.Done) or not _can_be_delivered(answer.delivered, plan, opened.metadata):
                 worker.crashed(ValueError("it says that it delivered what cannot be"))
             return output, answer.delivered
@@ -290,7 +343,9 @@ class MediaLoader:
         if item.type is Modality.IMAGE:
             height, width = pixels.shape[:2]
 
-            def read(plan: FramePlan, num_threads: int, cancel: threading.Event) -> tuple[SharedTensor, tuple[int, ...]]:
+            def read(
+                plan: FramePlan, num_threads: int, cancel: threading.Event
+            ) -> tuple[SharedTensor, tuple[int, ...]]:
                 return write_patches(lambda _: pixels, plan, num_threads, cancel), plan.frame_indices
 
             return _OpenedPixels(item, ImageMetadata(height=height, width=width), read)
@@ -301,6 +356,11 @@ class MediaLoader:
         }
         reader = open_frame_array(pixels, item.timing, **limits)
         return _OpenedPixels(item, reader.metadata, functools.partial(read_patches, reader))
+
+
+def _fetched_frames(item: MediaItem, frames: Sequence[MediaSource]) -> FetchedMedia:
+    hashes = [frame.content_hash for frame in frames]
+    return FetchedMedia(item, tuple(frames), _hash_frames(hashes, item), sum(frame.num_bytes for frame in frames))
 
 
 def is_presampled(item: MediaItem) -> bool:

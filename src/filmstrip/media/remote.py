@@ -16,8 +16,10 @@ import threading
 from collections.abc import Sequence
 from typing import BinaryIO, Protocol
 
-_RANGE = struct.Struct("<QQ")
-"""First byte and end: asked for by the worker, said to be there by the parent."""
+from filmstrip.errors import MediaDecodeError
+
+_RANGE = struct.Struct("<QQ?")
+"""First byte and end. From the worker: and whether somebody waits for them. From the parent: they are there (true)."""
 _BLOCK_BYTES = 1 << 16
 _BUFFER_BYTES = 1 << 16
 
@@ -49,7 +51,7 @@ class RemoteSource:
         with self._changed:
             if self._has(start, stop):
                 return
-            self._ask_for(start, stop)
+            self._ask_for(start, stop, waits=True)
             while not self._has(start, stop):
                 if self._is_broken:
                     raise OSError("the parts of the file cannot be fetched any more")
@@ -60,17 +62,17 @@ class RemoteSource:
         with self._changed:
             for start, stop in ranges:
                 if not self._has(start, stop):
-                    self._ask_for(start, stop)
+                    self._ask_for(start, stop, waits=False)
 
     def has(self, start: int, stop: int) -> bool:
         """Whether these bytes are known to be here."""
         with self._changed:
             return self._has(start, stop)
 
-    def _ask_for(self, start: int, stop: int) -> None:
+    def _ask_for(self, start: int, stop: int, *, waits: bool) -> None:
         start = start // _BLOCK_BYTES * _BLOCK_BYTES
         stop = min(-(-stop // _BLOCK_BYTES) * _BLOCK_BYTES, self.num_bytes)
-        self._connection.sendall(_RANGE.pack(start, stop))
+        self._connection.sendall(_RANGE.pack(start, stop, waits))
 
     def _has(self, start: int, stop: int) -> bool:
         first, end = start // _BLOCK_BYTES, -(-min(stop, self.num_bytes) // _BLOCK_BYTES)
@@ -79,7 +81,7 @@ class RemoteSource:
     def _receive(self) -> None:
         try:
             while data := self._connection.recv(_RANGE.size, socket.MSG_WAITALL):
-                start, stop = _RANGE.unpack(data)
+                start, stop, _ = _RANGE.unpack(data)
                 with self._changed:
                     first, end = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
                     self._present[first:end] = b"\1" * (end - first)
@@ -147,10 +149,16 @@ class SkimmingReader(_RemoteReader):
 
 
 class PartialFile(Protocol):
-    """What the parent fetches parts of."""
+    """What the parent fetches parts of (:class:`~filmstrip.media.sparse.SparseFile`)."""
+
+    num_bytes: int
 
     async def ensure(self, start: int, stop: int) -> None:
         """Return once these bytes are in the file; raises the MediaError family."""
+        ...
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch these ranges in the background."""
         ...
 
 
@@ -160,23 +168,19 @@ class RangeServer:
     def __init__(self, file: PartialFile, connection: socket.socket) -> None:
         """``connection`` is taken over."""
         connection.setblocking(False)
-        self._file, self._connection = file, connection
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._sending = asyncio.Lock()
-        self._serving = asyncio.ensure_future(self._serve())
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._file, self._connection = file, connection
+        self._sending = asyncio.Lock()
+        self._fetching: set[asyncio.Task[None]] = set()
+        self._serving = asyncio.ensure_future(self._serve())
+        self._serving.add_done_callback(lambda _: self._connection.close())
 
-    async def close(self) -> None:
-        """Stop fetching; what arrived stays."""
-        tasks = [self._serving, *self._tasks]
-        for task in tasks:
+    def close(self) -> None:
+        """Stop fetching; what arrived stays. May be called twice."""
+        for task in (self._serving, *self._fetching):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._connection.close()
-        if self.failed.done():
-            self.failed.exception()  # it has been looked at
-        else:
-            self.failed.cancel()
+        if not self.failed.cancel():
+            self.failed.exception()  # it has been looked at, or nobody cares
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -185,23 +189,34 @@ class RangeServer:
             while data := await loop.sock_recv(self._connection, 1 << 16):
                 buffer += data
                 while len(buffer) >= _RANGE.size:
-                    start, stop = _RANGE.unpack(buffer[: _RANGE.size])
+                    self._take(*_RANGE.unpack(buffer[: _RANGE.size]))
                     buffer = buffer[_RANGE.size :]
-                    task = asyncio.ensure_future(self._fetch(start, stop))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
         except OSError:
             pass  # the worker is gone
+        except Exception as error:
+            self._fail(error)
+
+    def _take(self, start: int, stop: int, waits: bool) -> None:
+        if not 0 <= start <= stop <= self._file.num_bytes:
+            raise MediaDecodeError("the decoder asked for what is not in the file", code="media_decode_crashed")
+        if not waits:
+            self._file.prefetch([(start, stop)])
+            return
+        task = asyncio.ensure_future(self._fetch(start, stop))
+        self._fetching.add(task)
+        task.add_done_callback(self._fetching.discard)
 
     async def _fetch(self, start: int, stop: int) -> None:
         try:
             await self._file.ensure(start, stop)
             async with self._sending:
-                await asyncio.get_running_loop().sock_sendall(self._connection, _RANGE.pack(start, stop))
-        except asyncio.CancelledError:
-            raise
+                loop = asyncio.get_running_loop()
+                await loop.sock_sendall(self._connection, _RANGE.pack(start, stop, True))
         except OSError:
             pass  # the worker is gone
         except Exception as error:
-            if not self.failed.done():
-                self.failed.set_exception(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)

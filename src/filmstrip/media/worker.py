@@ -33,6 +33,7 @@ from filmstrip.errors import FilmstripError, MediaDecodeError, MediaTooLargeErro
 from filmstrip.media import sandbox
 from filmstrip.media import worker_messages as messages
 from filmstrip.media.decoders.base import VideoReader
+from filmstrip.media.decoders.registry import import_decoder
 from filmstrip.media.frames import open_frames
 from filmstrip.media.image import open_image, probe_image
 from filmstrip.media.patches import PatchWriter, resize_frame
@@ -63,14 +64,17 @@ def main() -> None:
     if arguments.faults:
         importlib.import_module(arguments.faults)
     with contextlib.closing(socket.socket(fileno=arguments.descriptor)) as control:
-        _prepare()
+        _prepare(arguments.decoder)
         if not sandbox.is_supported():
             logger.warning("this system cannot filter system calls: decoders run with resource limits only")
         _serve_template(control, arguments.max_memory_bytes)
 
 
-def _prepare() -> None:
+def _prepare(decoders: list[str]) -> None:
     """Load everything now: a copy cannot open a file any more, not even a Python module."""
+    for decoder in decoders:
+        with contextlib.suppress(FilmstripError):  # a copy says it to whoever asks for the decoder
+            import_decoder(decoder)
     for module in pkgutil.walk_packages(av.__path__, "av."):  # PyAV imports some of itself when a file needs it
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -150,6 +154,10 @@ class _Item:
                 if self._read is None:
                     raise MediaDecodeError("nothing is open")
                 return self._read(message, descriptors[0])
+            if isinstance(message, messages.CheckDecoders):
+                for name in message.names:
+                    import_decoder(name)
+                return messages.Done(())
             return messages.opened(self._open(message, descriptors))
         except FilmstripError as error:
             return messages.failed(error)
@@ -171,7 +179,7 @@ class _Item:
     ) -> VideoMetadata | ImageMetadata | TimeSeriesMetadata:
         if isinstance(message, messages.OpenVideo):
             source = self._video_source(message, descriptors)
-            return self._video(open_video(source, max_pixels=message.max_pixels))
+            return self._video(open_video(source, max_pixels=message.max_pixels, decoder=message.decoder))
         whole = FileSource(descriptors[0], "whole")
         if isinstance(message, messages.OpenFrames):
             pictures = [SpanSource(whole, start, stop) for start, stop in message.spans]

@@ -64,6 +64,12 @@ class OpenTimeSeries(msgspec.Struct, tag="open_time_series"):
     sampling_rate: float | None
 
 
+class CheckDecoders(msgspec.Struct, tag="check_decoders"):
+    """Say whether these can be used."""
+
+    names: tuple[str, ...]
+
+
 class ReadPatches(msgspec.Struct, tag="read_patches"):
     """Write the patches of ``plan`` into the shared memory whose descriptor comes with it."""
 
@@ -125,7 +131,7 @@ class Failed(msgspec.Struct, tag="failed"):
     code: str
 
 
-ToWorker = OpenVideo | OpenFrames | OpenImage | OpenTimeSeries | ReadPatches | ReadSamples
+ToWorker = OpenVideo | OpenFrames | OpenImage | OpenTimeSeries | CheckDecoders | ReadPatches | ReadSamples
 FromWorker = VideoOpened | ImageOpened | TimeSeriesOpened | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -139,7 +139,8 @@ class WorkerPool:
         self.stats = WorkerStats()
         self._max_seconds = config.decode_timeout_seconds
         self._arguments = ["--max-memory-bytes", str(int(config.max_decode_memory_gb * 2**30))]
-        for decoder in sorted({config.video_decoder, *config.allowed_video_decoders}):
+        self._decoders = tuple(sorted({config.video_decoder, *config.allowed_video_decoders}))
+        for decoder in self._decoders:
             self._arguments += ["--decoder", decoder]
         if faults:
             self._arguments += ["--faults", faults]
@@ -149,8 +150,15 @@ class WorkerPool:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the template and wait until it can make workers; without this the first worker waits for it."""
-        (await self.take()).kill()
+        """Start the template and wait until it can make workers; without this the first worker waits for it.
+
+        Raises InvalidRequestError if a decoder that was chosen or allowed cannot be used.
+        """
+        worker = await self.take()
+        try:
+            await worker.ask(messages.CheckDecoders(self._decoders), [])
+        finally:
+            worker.kill()
 
     async def take(self) -> Worker:
         """A fresh worker. Raises FilmstripError if none can be had."""
