@@ -67,12 +67,14 @@ class Case:
     """Further fields of the request."""
     param: str | None = None
     """What the field at fault begins with, if it is not the part's URL."""
+    marks: Any = ()
+    """Marks of the test, for a defect that is known and still open."""
 
 
 def expand(cases: Iterable[Case]) -> list[Any]:
     """Every case for every modality, answered whole and streamed, as parameters of a test."""
     return [
-        pytest.param(case, kind, stream, id=f"{case.name}-{kind}-{'stream' if stream else 'whole'}")
+        pytest.param(case, kind, stream, id=f"{case.name}-{kind}-{'stream' if stream else 'whole'}", marks=case.marks)
         for case in cases
         for kind in case.modalities
         for stream in (False, True)

@@ -60,7 +60,7 @@ def _run_here(arguments: argparse.Namespace) -> int:
             limit_seconds=arguments.limit_seconds,
             log=lambda line: print(line, file=log),
         )
-    print(json.dumps({"outcomes": report.outcomes, "failures": report.failures}))
+    print(json.dumps(vars(report)))
     return 1 if report.failures else 0
 
 
@@ -75,7 +75,10 @@ def _supervise(arguments: argparse.Namespace) -> int:
             if report is not None:
                 print(f"files {first} to {end - 1} of seed {arguments.seed}: {report['outcomes']}")
                 num_failures += len(report["failures"])
-                print(*(f"FAILURE seed {arguments.seed}: {text}" for text in report["failures"]), sep="\n", end="")
+                for text in report["worker_crashes"]:
+                    print(f"worker crashed, seed {arguments.seed}: {text}")
+                for text in report["failures"]:
+                    print(f"FAILURE seed {arguments.seed}: {text}")
                 break
             if code >= 0:
                 raise SystemExit(f"the run ended with exit status {code} and no report")
@@ -86,7 +89,7 @@ def _supervise(arguments: argparse.Namespace) -> int:
                 f" again with --seed {arguments.seed} --first N --num-files 1"
             )
             first = max(begun, default=first + NUM_AT_ONCE) + 1
-    print(f"{num_crashes} crashes, {num_failures} other failures")
+    print(f"{num_crashes} crashes of the whole process, {num_failures} other failures")
     return 1 if num_crashes or num_failures else 0
 
 

@@ -37,6 +37,7 @@ CHECK_EVERY = 250
 """Files between two questions whether the loader still decodes good files."""
 GRACE_SECONDS = 10.0
 """What may pass beyond the loader's own limit before a file counts as hung."""
+CRASH_CODE = "media_decode_crashed"
 MAX_RSS_GROWTH_BYTES = 384 << 20
 
 _SUFFIXES = {
@@ -64,10 +65,16 @@ class Case:
 
 @dataclasses.dataclass
 class Report:
-    """What happened to all files of a run: counts by outcome, and every violation with the file's number."""
+    """What happened to all files of a run.
+
+    ``outcomes`` counts the files by error code (or "decoded"), ``failures`` has every violation with its file's number, and
+    ``worker_crashes`` the files that ended the process which decoded them: each of them was refused with an error as any
+    other, so this is no violation, but a defect of a decoder that somebody should look at.
+    """
 
     outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     failures: list[str] = dataclasses.field(default_factory=list)
+    worker_crashes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def num_files(self) -> int:
@@ -171,6 +178,8 @@ class Fuzzer:
             outcome = "decoded"
         except FilmstripError as error:
             outcome = error.code
+            if outcome == CRASH_CODE:
+                self.report.worker_crashes.append(where)
             if error.http_status >= 500:
                 self._fail(outcome, f"{where}: {error.code}: {error.message}")
         except asyncio.TimeoutError:
@@ -239,7 +248,8 @@ class Footprint:
         process = psutil.Process()
         return cls(
             fds=tuple(sorted(_open_files())),
-            threads=tuple(sorted(thread.name for thread in threading.enumerate())),
+            # The event loop's own helpers stay as long as it does.
+            threads=tuple(thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")),
             children=tuple(f"{child.pid} {child.status()}" for child in process.children(recursive=True)),
             files=tuple(str(path) for path in folder.rglob("*") if path.is_file()),
             shared_memory=tuple(sorted(os.listdir("/dev/shm"))),

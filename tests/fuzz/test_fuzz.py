@@ -9,18 +9,27 @@ from filmstrip.types import Modality
 from tests.fuzz.mutate import MAX_BYTES, mutate
 from tests.fuzz.runner import Case, Fuzzer, fuzz, load_seeds, make_case
 
-SEED, NUM_FILES = 3, 1500
+SEED, NUM_FILES = 3, 3000
+
+
+@pytest.fixture(scope="module")
+def report():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of much of what it is given here
+        return fuzz(SEED, 0, NUM_FILES)
 
 
 @pytest.mark.timeout(280)
-def test_damaged_files_give_a_result_or_an_error_and_leave_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of much of what it is given here
-        report = fuzz(SEED, 0, NUM_FILES)
+def test_damaged_files_give_a_result_or_an_error_and_leave_nothing(report):
     assert report.failures == []
     assert report.num_files == NUM_FILES
     # A slice in which everything, or nothing, got through would test nothing.
     assert NUM_FILES // 20 < report.outcomes["decoded"] < NUM_FILES // 2
+
+
+@pytest.mark.xfail(strict=True, reason="numpy.median imports numpy.ma when the sandbox is closed already")
+def test_no_damaged_file_crashes_the_process_that_decodes_it(report):
+    assert report.worker_crashes == []
 
 
 def test_a_file_can_be_made_again_from_its_number():
