@@ -78,6 +78,8 @@ def _prepare(decoders: list[str]) -> None:
     for module in pkgutil.walk_packages(av.__path__, "av."):  # PyAV imports some of itself when a file needs it
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    for name in ("ma", "fft", "linalg", "random", "ctypeslib", "rec", "strings"):  # and so does NumPy
+        importlib.import_module(f"numpy.{name}")
     Image.init()
     torch.set_num_threads(1)
     resize_frame(np.zeros((8, 8, 3), np.uint8), 4, 4)

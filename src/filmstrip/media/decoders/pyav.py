@@ -42,7 +42,9 @@ _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
 # Decoders known to skip frames nothing refers to without changing any other. Others get every packet: dav1d, for one, takes
 # the setting when it is opened and keeps it.
 _CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mpeg1video"})
-# Codecs whose packets MP4 stores whole, so that FFmpeg need not look into them to know their times and which are keys.
+_READ_AHEAD_BYTES = 96 << 10
+"""FFmpeg reads a buffer beyond the last packet that it was asked for, and our file object another."""
+# Codecs whose packets MP4 stores whole, so that FFmpeg need not look into them to know their times.
 _CODECS_TO_SKIM = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "libvpx-vp9"})
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
@@ -100,8 +102,10 @@ class PyAVReader:
         with self._open(skimming) as (container, stream):
             if skimming is not None:
                 # The tables of such a file say all there is to say about its packets: their contents need not be here.
-                skimming.is_skimming = stream.codec_context.name in _CODECS_TO_SKIM
+                skimming.is_skimming = _can_skim(stream)
             self._index = _scan(container, stream)
+            if skimming is not None and skimming.is_skimming:
+                self._index = dataclasses.replace(self._index, is_key=_keys_in_tables(stream, self._index))
             if not len(self._index.display):
                 raise MediaDecodeError("the video has no frames")
             if skimming is None:
@@ -271,7 +275,8 @@ class PyAVReader:
         places = self._index.places[job.key : last + 1]
         if not len(places) or (places[:, 0] < 0).any():
             return None
-        return int(places[:, 0].min()), int(places.sum(axis=1).max())
+        stop = int(places.sum(axis=1).max()) + _READ_AHEAD_BYTES
+        return int(places[:, 0].min()), min(stop, self._source.num_bytes)
 
     def _run_jobs(self, jobs: list[_Job], num_threads: int, delivery: _Delivery) -> None:
         if isinstance(self._source, RemoteSource):
@@ -523,6 +528,17 @@ def _scan(container: Any, stream: Any) -> _Index:
     return _Index(
         times, np.asarray(is_key, bool), display, times[display], last_duration, times_identify, packet_places
     )
+
+
+def _can_skim(stream: Any) -> bool:
+    """Whether packets can be listed without their contents: PyAV from version 16 on tells the container's own tables."""
+    return stream.codec_context.name in _CODECS_TO_SKIM and len(getattr(stream, "index_entries", ())) > 0
+
+
+def _keys_in_tables(stream: Any, index: _Index) -> np.ndarray:
+    """Which packets the container calls key frames. FFmpeg's parsers overrule it, but cannot where contents are missing."""
+    keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
+    return np.asarray([position in keys for position in index.places[:, 0].tolist()], bool)
 
 
 def _times_identify(container: Any, stream: Any, pts: list[int | None], dts: list[int | None]) -> bool:
