@@ -7,6 +7,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -109,7 +110,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return u32(len(body)) + kind + body + u32(zlib.crc32(kind + body))
 
 
-def picture(width: int = 64, height: int = 48, format: str = "PNG", **options: object) -> bytes:
+def picture(width: int = 64, height: int = 48, format: str = "PNG", **options: Any) -> bytes:
     """One encoded picture with the number 5 in it."""
     file = io.BytesIO()
     Image.fromarray(numbered_frame(5, width, height)).save(file, format, **options)
@@ -126,7 +127,7 @@ def moving_picture(format: str, num_frames: int, size: tuple[int, int] = (16, 16
     return file.getvalue()
 
 
-def clip(folder: Path, name: str, *arguments: str, num_frames: int = 20, **frames: object) -> bytes:
+def clip(folder: Path, name: str, *arguments: str, num_frames: int = 20, **frames: Any) -> bytes:
     """A clip of numbered frames by ffmpeg; ``name`` has the container, ``arguments`` the codec."""
     return encode(folder / name, *arguments, num_frames=num_frames, **frames).read_bytes()
 
@@ -179,10 +180,10 @@ def npy(header: bytes, body: bytes = bytes(1024), *, version: tuple[int, int] = 
     return b"\x93NUMPY" + bytes(version) + length + header + b"\n" + body
 
 
-def npy_of(array: np.ndarray, **options: object) -> bytes:
+def npy_of(array: Any, **options: Any) -> bytes:
     """An array as .npy."""
     file = io.BytesIO()
-    np.save(file, array, **options)  # type: ignore[arg-type]
+    np.save(file, array, **options)
     return file.getvalue()
 
 

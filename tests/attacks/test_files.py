@@ -46,7 +46,7 @@ def traps(media_root, secret, clip):
     with contextlib.suppress(PermissionError):  # only the administrator makes devices
         os.mknod(root / "zero.mp4", 0o666 | 0o020000, os.makedev(1, 5))
     listener = socket.socket(socket.AF_UNIX)
-    with contextlib.chdir(root) if hasattr(contextlib, "chdir") else _working_in(root):
+    with _working_in(root):  # a socket's path has to be short
         listener.bind("socket.mp4")
     evil = root.parent / "R-evil"
     evil.mkdir()

@@ -90,7 +90,7 @@ HOSTILE = {
 }
 
 
-@attacks(Case(name, modalities=("time_series_url", "video_url", "image_url")) for name in HOSTILE)
+@attacks(Case(name, modalities=("time_series_url", "video_url")) for name in HOSTILE)
 def test_the_server_refuses_them_whatever_they_are_sent_as(server, case, kind, stream):
     server.check_refused(case, kind, stream, url=data_url(HOSTILE[case.name], "application/octet-stream"))
     assert not MARK.exists()

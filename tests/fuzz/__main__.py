@@ -36,7 +36,9 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Send damaged files through the media path."
+    )
     parser.add_argument("--num-files", type=int, default=10_000, help="files to send")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no file after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")

@@ -16,7 +16,6 @@ from tests.media.numbered import encode, ffmpeg, numbered_frame
 FOLDER = Path(__file__).parent / "seeds"
 WIDTH, HEIGHT, NUM_FRAMES = 64, 48, 12
 
-_SMALL = {"num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT}
 _YUV = ("-pix_fmt", "yuv420p", "-map_metadata", "-1", "-fflags", "+bitexact", "-flags", "+bitexact")
 _X264 = ("-c:v", "libx264", "-preset", "veryfast", "-g", "5", "-bf", "2", "-crf", "38", *_YUV)
 VIDEOS = {
@@ -45,7 +44,7 @@ VIDEOS = {
 def make_videos() -> None:
     """Numbered frames in every container and codec of :data:`VIDEOS`."""
     for name, arguments in VIDEOS.items():
-        encode(FOLDER / name, *arguments, **_SMALL)
+        encode(FOLDER / name, *arguments, num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT)
 
 
 def make_images() -> None:

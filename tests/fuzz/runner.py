@@ -37,6 +37,7 @@ CHECK_EVERY = 250
 """Files between two questions whether the loader still decodes good files."""
 GRACE_SECONDS = 10.0
 """What may pass beyond the loader's own limit before a file counts as hung."""
+SETTLING_SECONDS = 5.0
 CRASH_CODE = "media_decode_crashed"
 MAX_RSS_GROWTH_BYTES = 384 << 20
 
@@ -286,14 +287,14 @@ def _open_files() -> Iterator[str]:
 
 async def _settled(before: Footprint, folder: Path) -> Footprint:
     """The footprint once what is ending has ended; what is still there after some seconds is a leak."""
-    for _ in range(50):
+    deadline = time.monotonic() + SETTLING_SECONDS
+    while True:
         gc.collect()
         _return_free_memory()
         now = Footprint.take(folder)
-        if not now.excess(before):
-            break
+        if not now.excess(before) or time.monotonic() > deadline:
+            return now
         await asyncio.sleep(0.1)
-    return now
 
 
 def _return_free_memory() -> None:
