@@ -13,6 +13,7 @@ from filmstrip.config import MediaConfig
 from filmstrip.errors import MediaBlockedError, MediaFetchError, MediaTooLargeError
 from filmstrip.media import fetch as fetch_module
 from filmstrip.media.fetch import Fetcher
+from filmstrip.media.http_client import deadline
 from filmstrip.media.source import BytesSource, FileSource
 from tests.media.web import OTHER_PUBLIC, PUBLIC, FakeNetwork, FakeResolver, replying, serving
 
@@ -413,6 +414,38 @@ async def test_connecting_has_a_deadline_that_covers_the_name(stuck):
     error = await refusal(fetcher, "http://allowed.test/")
     assert error.code == "media_fetch_timeout"
     assert "--connect-timeout-seconds" in error.message
+
+
+async def test_a_deadline_does_not_lose_a_cancellation():
+    reached = []
+
+    async def work(future):
+        async with deadline(10, ValueError()):
+            await future
+        reached.append("after")
+        await asyncio.sleep(0)
+        reached.append("never")
+
+    future = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(work(future))
+    await asyncio.sleep(0)
+    future.set_result(None)  # the work ends and is cancelled in one turn
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert reached == []
+
+
+async def test_a_deadline_says_what_it_is_told_and_keeps_other_errors():
+    async with deadline(10, ValueError()), deadline(None, ValueError()):
+        pass
+    with pytest.raises(KeyError):
+        async with deadline(10, ValueError()):
+            raise KeyError
+    with pytest.raises(ValueError, match="late"):
+        async with deadline(0.01, ValueError("late")):
+            await asyncio.sleep(10)
+    await asyncio.sleep(0)  # nothing of it hits what comes after
 
 
 async def test_cancelling_hangs_up_at_once():

@@ -21,6 +21,14 @@ class Exchange:
         self.head, self._writer = head, writer
         self.path = head.split(" ")[1]
 
+    def header(self, name: str) -> str | None:
+        """A request header, None if there is none."""
+        for line in self.head.splitlines()[1:]:
+            key, _, value = line.partition(":")
+            if key.lower() == name:
+                return value.strip()
+        return None
+
     async def send(self, data: bytes) -> None:
         """Send raw bytes."""
         self._writer.write(data)
@@ -41,9 +49,15 @@ class Site:
         self.requests: list[str] = []
         self.num_connections = 0
         self.num_disconnected = 0
+        self.requested = asyncio.Event()
         self.disconnected = asyncio.Event()
         self._handler = handler
         self.port = 0
+
+    @property
+    def num_open(self) -> int:
+        """Connections that are open."""
+        return self.num_connections - self.num_disconnected
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
@@ -51,6 +65,7 @@ class Site:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 self.requests.append(head)
+                self.requested.set()
                 await self._handler(Exchange(head, writer))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -121,3 +136,62 @@ class FakeNetwork(httpcore2.AsyncNetworkBackend):
         if (host, port) not in self._routes:
             raise httpcore2.ConnectError("unreachable")
         return await self._real.connect_tcp("127.0.0.1", self._routes[host, port], timeout)
+
+
+class ServedFile:
+    """A handler that serves one file as RFC 9110 wants it: validators, conditions, ranges.
+
+    ``etag`` and ``last_modified`` are left out where they are None; ``headers`` is lines added to 200 and 304 answers;
+    ``part`` may replace the answer to a Range request and returns whether it did. Counters: ``num_whole``,
+    ``num_unchanged`` and ``ranges``, the (start, stop) of each part asked for.
+    """
+
+    def __init__(self, body: bytes, *, etag: str | None = '"v1"', last_modified: str | None = None, headers: str = ""):
+        self.body, self.etag, self.last_modified, self.headers = body, etag, last_modified, headers
+        self.accepts_ranges = True
+        self.part: Callable[[Exchange, int, int], Awaitable[bool]] | None = None
+        self.ranges: list[tuple[int, int]] = []
+        self.num_whole = self.num_unchanged = 0
+
+    @property
+    def num_bytes_of_ranges(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def fields(self) -> str:
+        """Header lines of this version."""
+        lines = [f"ETag: {self.etag}"] if self.etag else []
+        lines += [f"Last-Modified: {self.last_modified}"] if self.last_modified else []
+        lines += ["Accept-Ranges: bytes"] if self.accepts_ranges else []
+        return "\n".join([*lines, *self.headers.splitlines()])
+
+    async def __call__(self, exchange: Exchange) -> None:
+        wanted = exchange.header("range")
+        is_same = exchange.header("if-range") in (None, self.etag, self.last_modified)
+        if wanted and self.accepts_ranges and is_same:
+            start, stop = (int(bound) for bound in wanted.removeprefix("bytes=").split("-"))
+            await self._send_part(exchange, start, stop + 1)
+        elif self._is_unchanged(exchange):
+            self.num_unchanged += 1
+            await exchange.answer(304, self.fields(), length=False)
+        else:
+            self.num_whole += 1
+            await exchange.answer(200, self.fields(), self.body)
+
+    def _is_unchanged(self, exchange: Exchange) -> bool:
+        if self.etag and exchange.header("if-none-match"):
+            return exchange.header("if-none-match") == self.etag
+        return bool(self.last_modified) and exchange.header("if-modified-since") == self.last_modified
+
+    async def _send_part(self, exchange: Exchange, start: int, stop: int) -> None:
+        self.ranges.append((start, stop))
+        if self.part is None or not await self.part(exchange, start, stop):
+            await self.send_part(exchange, start, stop)
+
+    async def send_part(self, exchange: Exchange, start: int, stop: int) -> None:
+        """A right answer to a Range request."""
+        if start >= len(self.body):
+            await exchange.answer(416, f"Content-Range: bytes */{len(self.body)}")
+            return
+        body = self.body[start:stop]
+        where = f"Content-Range: bytes {start}-{start + len(body) - 1}/{len(self.body)}"
+        await exchange.answer(206, f"{where}\n{self.fields()}", body)

@@ -1,9 +1,9 @@
 """A URL or path in, encoded bytes out: the one fetcher of every modality and API; knows nothing of what it fetches.
 
 Rules for downloads. Only hosts that are allowed are asked, at addresses that are allowed (:mod:`.http_client`), for the
-first URL and every redirect alike; limits hold while bytes arrive, and one deadline covers everything. What was downloaded is
-kept for the next question about the same URL (:mod:`.http_cache`), and of large files on servers that can send parts only the
-parts that are needed are fetched (:mod:`.sparse`).
+first URL and every redirect alike; limits hold while bytes arrive, and one deadline covers everything. What was
+downloaded is kept for the next question about the same URL (:mod:`.http_cache`), and of large files on servers that can
+send parts only the parts that are needed are fetched (:mod:`.sparse`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from filmstrip.errors import MediaBlockedError, MediaError, MediaFetchError, Med
 from filmstrip.media.address import HttpTarget, parse_http_url, parse_redirect, url_scheme
 from filmstrip.media.data_url import DataUrl, decode_base64, parse_data_url, too_large
 from filmstrip.media.http_cache import CacheEntry, HttpCache
-from filmstrip.media.http_client import HttpClient, Resolver, storage_errors
+from filmstrip.media.http_client import HttpClient, Resolver, deadline, storage_errors
 from filmstrip.media.http_fields import Fields, Validator, fresh_seconds, may_be_shared, validator_of
 from filmstrip.media.local_files import CLOSED_MESSAGE, file_url_path, open_anywhere, open_inside
 from filmstrip.media.source import FileSource, MediaSource, SpanSource, SpooledBytes
@@ -175,13 +175,12 @@ class Fetcher:
 
     async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
         timeout = self._config.fetch_timeout_seconds
-        try:
-            return await asyncio.wait_for(work, timeout)
-        except asyncio.TimeoutError:  # not the built-in TimeoutError in Python 3.10
-            raise MediaFetchError(
-                f"the download took longer than {timeout:g} seconds (fetch_timeout_seconds, --fetch-timeout-seconds)",
-                code="media_fetch_timeout",
-            ) from None
+        error = MediaFetchError(
+            f"the download took longer than {timeout:g} seconds (fetch_timeout_seconds, --fetch-timeout-seconds)",
+            code="media_fetch_timeout",
+        )
+        async with deadline(timeout, error):
+            return await work
 
     def _budget(self) -> _ByteBudget:
         return _ByteBudget(self._config.max_media_bytes)
@@ -412,14 +411,15 @@ class Fetcher:
     def _open_sparse(self, target: HttpTarget, validator: Validator, fields: Fields) -> SparseContent:
         """The file that this answer is the beginning of; its body is left unread."""
         num_bytes = fields.number("content-length") or 0
-        content = SparseContent(self._client, self._config, target, validator, num_bytes, self._range_answered)
+        content = SparseContent(
+            self._client, self._config, target, validator, num_bytes, self._count_parts, self._cache.trim
+        )
         self._sparse.add(content)
         self._count(num_sparse=1)
         return content
 
-    def _range_answered(self, num_bytes: int) -> None:
-        self._count(num_range_requests=1, num_bytes=num_bytes)
-        self._cache.trim()
+    def _count_parts(self, num_requests: int, num_bytes: int) -> None:
+        self._count(num_range_requests=num_requests, num_bytes=num_bytes)
 
     # Keeping
 

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, cast
@@ -171,10 +172,8 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
         socket_options: Any = None,
     ) -> httpcore2.AsyncNetworkStream:
         """Connect to ``host``; ``timeout`` seconds cover the resolution and all addresses."""
-        try:
-            return await asyncio.wait_for(self._connect(host, port, timeout, local_address, socket_options), timeout)
-        except asyncio.TimeoutError:  # not the built-in TimeoutError in Python 3.10
-            raise httpcore2.ConnectTimeout("no connection in time") from None
+        async with deadline(timeout, httpcore2.ConnectTimeout("no connection in time")):
+            return await self._connect(host, port, timeout, local_address, socket_options)
 
     async def _connect(
         self, host: str, port: int, timeout: float | None, local_address: str | None, socket_options: Any
@@ -207,6 +206,38 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
                 " allow_private_media_urls (--allow-private-media-urls) is set"
             )
         return addresses[:_MAX_ADDRESSES]
+
+
+@contextlib.asynccontextmanager
+async def deadline(seconds: float | None, error: Exception) -> AsyncIterator[None]:
+    """Raise ``error`` if what is inside takes longer than ``seconds`` (None: any time).
+
+    Unlike ``asyncio.wait_for``, which before Python 3.12 loses a cancellation that comes in the turn of the loop in which
+    the work ends, so that somebody who was told to stop goes on.
+    """
+    if seconds is None:
+        yield
+        return
+    task = asyncio.current_task()
+    assert task is not None
+    is_over = False
+
+    def stop() -> None:
+        nonlocal is_over
+        is_over = True
+        task.cancel()
+
+    num_cancels = task.cancelling() if sys.version_info >= (3, 11) else 0
+    timer = asyncio.get_running_loop().call_later(seconds, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled at the same time; Python 3.10 cannot tell.
+        if is_over and (sys.version_info < (3, 11) or task.uncancel() <= num_cancels):
+            raise error from None
+        raise
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from filmstrip.config import MediaConfig
 from filmstrip.errors import MediaFetchError
 from filmstrip.media.address import HttpTarget
 from filmstrip.media.data_url import too_large
-from filmstrip.media.http_client import HttpClient, storage_errors
+from filmstrip.media.http_client import HttpClient, deadline, storage_errors
 from filmstrip.media.http_fields import Fields, Validator, content_range
 from filmstrip.media.source import FileSource
 
@@ -65,7 +65,7 @@ class SparseFile:
         self._counted = content.counted
         self._reader = content.add_reader()
         self._loop = asyncio.get_running_loop()
-        self._next_block = self._window_bytes = 0
+        self._next_byte = self._window_bytes = 0
 
     async def ensure(self, start: int, stop: int) -> None:
         """Return once bytes ``start`` to ``stop`` (exclusive) are in the file; may be called many times at once.
@@ -79,8 +79,8 @@ class SparseFile:
         first, end = content.blocks(start, stop)
         if first == end:
             return
-        is_sequential = first in (self._next_block, self._next_block - 1)
-        self._next_block = end
+        is_sequential = self._next_byte - BLOCK_BYTES < start <= self._next_byte
+        self._next_byte = stop
         if not is_sequential:
             self._window_bytes = 0
         elif not content.is_coming(first, end):
@@ -151,7 +151,6 @@ class _Request:
     def __init__(self, first: int, end: int, readers: set[object], *, is_prefetch: bool) -> None:
         self.first, self.end, self.readers, self.is_prefetch = first, end, readers, is_prefetch
         self.arrived = first * BLOCK_BYTES
-        self.num_bytes_fetched = 0
         self.task: asyncio.Task[None] | None = None
 
     def overlaps(self, first: int, end: int) -> bool:
@@ -183,9 +182,10 @@ class SparseContent:
         target: HttpTarget,
         validator: Validator,
         num_bytes: int,
-        on_request: Callable[[int], None],
+        on_traffic: Callable[[int, int], None],
+        on_growth: Callable[[], None],
     ) -> None:
-        """``on_request`` is called after every Range request with the bytes that it brought.
+        """``on_traffic`` is called with numbers of requests sent and bytes received, ``on_growth`` when more is held.
 
         Raises FilmstripError (``storage_failed``) if there is no room for a file.
         """
@@ -197,7 +197,7 @@ class SparseContent:
         self.loop = asyncio.get_running_loop()
         self._client, self._target, self._validator = client, target, validator
         self._timeout_seconds, self._max_bytes = config.fetch_timeout_seconds, config.max_media_bytes
-        self._on_request = on_request
+        self._on_traffic, self._on_growth = on_traffic, on_growth
         self._state = bytearray(self.num_blocks)
         self._waiters: set[_Waiter] = set()
         self._waiting: deque[_Request] = deque()
@@ -283,7 +283,7 @@ class SparseContent:
         """Return once blocks ``first`` to ``end`` are here; those up to ``ahead`` may come along."""
         if self.is_present(first, end):
             return
-        self._check_unchanged()
+        self._check_usable(reader)
         waiter = _Waiter(reader, first, end)
         self._waiters.add(waiter)
         try:
@@ -296,7 +296,7 @@ class SparseContent:
 
     def prefetch(self, reader: object, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch ranges of blocks when there is nothing that somebody waits for."""
-        self._check_unchanged()
+        self._check_usable(reader)
         queue = self._prefetching.setdefault(reader, deque())
         for first, end in ranges:
             if queue and queue[-1][0] <= first <= queue[-1][1]:  # neighbours share a block, or have adjacent ones
@@ -304,7 +304,9 @@ class SparseContent:
             queue.append((first, end))
         self._start_soon()
 
-    def _check_unchanged(self) -> None:
+    def _check_usable(self, reader: object) -> None:
+        if reader not in self._readers:
+            raise InterruptedError("the file was closed")
         if self._change is not None:
             raise copy.copy(self._change)
 
@@ -396,25 +398,25 @@ class SparseContent:
                 self._ask_for(waiter.reader, waiter.first, waiter.end)
         elif (error := task.exception()) is not None:
             self._failed(waiters, error)
-        self._on_request(request.num_bytes_fetched)
 
     def _failed(self, waiters: Sequence[_Waiter], error: BaseException) -> None:
         self._prefetching.clear()
         if isinstance(error, _ChangedError):
             self._change = error
             waiters = list(self._waiters)
+            for request in [*self._waiting, *self._running]:
+                self._stop(request)
         for waiter in waiters:
             waiter.fail(error)
 
     async def _transfer_in_time(self, request: _Request) -> None:
-        try:
-            await asyncio.wait_for(self._transfer(request), self._timeout_seconds)
-        except asyncio.TimeoutError:  # not the built-in TimeoutError in Python 3.10
-            raise MediaFetchError(
-                f"a part of the file took longer than {self._timeout_seconds:g} seconds (fetch_timeout_seconds,"
-                " --fetch-timeout-seconds)",
-                code="media_fetch_timeout",
-            ) from None
+        error = MediaFetchError(
+            f"a part of the file took longer than {self._timeout_seconds:g} seconds (fetch_timeout_seconds,"
+            " --fetch-timeout-seconds)",
+            code="media_fetch_timeout",
+        )
+        async with deadline(self._timeout_seconds, error):
+            await self._transfer(request)
 
     async def _transfer(self, request: _Request) -> None:
         with self._client.errors():
@@ -434,6 +436,7 @@ class SparseContent:
             (b"Range", f"bytes={start}-{stop - 1}".encode("ascii")),
             (b"If-Range", self._validator.text.encode("ascii")),
         ]
+        self._on_traffic(1, 0)
         async with self._client.get(self._pool, self._target, headers) as response:
             self._check_answer(response.status, Fields(response.headers), start, stop)
             batch = bytearray()
@@ -441,7 +444,7 @@ class SparseContent:
                 async with contextlib.aclosing(response.aiter_stream()) as chunks:
                     async for chunk in chunks:
                         batch += chunk
-                        self._count(request, len(chunk))
+                        self._count(len(chunk))
                         if request.arrived + len(batch) > stop:
                             raise MediaFetchError("the media server sent more of the file than was asked for")
                         if len(batch) >= BLOCK_BYTES:
@@ -472,8 +475,8 @@ class SparseContent:
         if part[:2] != (start, stop):
             raise MediaFetchError("the media server sent another part of the file than was asked for")
 
-    def _count(self, request: _Request, num_bytes: int) -> None:
-        request.num_bytes_fetched += num_bytes
+    def _count(self, num_bytes: int) -> None:
+        self._on_traffic(0, num_bytes)
         self.counted.num_bytes_fetched += num_bytes
         if self.counted.num_bytes_fetched > self._max_bytes:
             raise too_large(self.counted.num_bytes_fetched, self._max_bytes)
@@ -486,6 +489,7 @@ class SparseContent:
         for waiter in self._waiters:
             if not waiter.future.done() and self.is_present(waiter.first, waiter.end):
                 waiter.future.set_result(None)
+        self._on_growth()
 
     def _write_at(self, data: bytes, position: int) -> None:
         view = memoryview(data)
