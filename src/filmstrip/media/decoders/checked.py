@@ -28,9 +28,9 @@ from filmstrip.media.source import MediaSource
 logger = logging.getLogger(__name__)
 
 _MAX_DIFFERENCE = 6.0
-"""Mean absolute difference, in grey levels of 255, between the same frame of two decoders. Over the conformance suite,
-libraries that agree on frame and colours differ by up to 1.7 (10-bit video, which one dithers and another cuts); pictures
-whose HDR colours one of them converts differ by 15, and another frame of the suite by 16 and more."""
+"""Mean absolute difference, in grey levels of 255, between the same frame of two decoders. Libraries that agree on frame and
+colours differ by up to 1.7 over the conformance suite and by 3.7 over other clips (10-bit video, which one dithers and
+another cuts). In the suite, pictures whose HDR colours one of them converts differ by 15, other frames by 16 and more."""
 _MAX_NEIGHBOUR_ADVANTAGE = 0.5
 """Grey levels by which a neighbour may fit better than the frame itself: less than one means that they look the same."""
 _MIN_CONTRAST = 32

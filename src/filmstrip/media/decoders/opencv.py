@@ -90,10 +90,12 @@ class _Film:
                 raise self._reader.refuse("does not tell the times of this video's frames")
 
     def _seek(self, seconds: float, *, before: float) -> None:
-        """Go to a picture near a time but not past ``before``; if it does, begin anew and decode up to there."""
-        zero = self._zero_seconds
-        self._capture.set(cv2.CAP_PROP_POS_MSEC, (zero + seconds) * 1000)
-        if self._now() > before:
+        """Go near a time, but to no picture past ``before``; where that fails, begin anew, to decode up to there.
+
+        OpenCV seeks by frame number, computed from the average rate: in video of variable rate it lands anywhere.
+        """
+        self._capture.set(cv2.CAP_PROP_POS_MSEC, (self._zero_seconds + seconds) * 1000)
+        if not self._capture.grab() or self._now() > before:
             self.close()
             self._open()
 

@@ -6,6 +6,8 @@ import importlib
 import re
 from dataclasses import dataclass
 
+import av.logging
+
 from filmstrip.errors import InvalidRequestError
 from filmstrip.media.decoders.base import VideoReader
 from filmstrip.media.decoders.pyav import PyAVReader
@@ -66,6 +68,7 @@ def _reader_class(name: str) -> type:
 
 def _check_library(name: str, decoder: _Decoder) -> None:
     advice = f"pip install 'filmstrip[{name}]'"
+    level = av.logging.get_level()
     try:
         library = importlib.import_module(decoder.library)
     except ModuleNotFoundError as error:
@@ -74,6 +77,8 @@ def _check_library(name: str, decoder: _Decoder) -> None:
         raise _does_not_load(name) from error
     except Exception as error:  # what a library raises that finds its shared libraries missing is up to it
         raise _does_not_load(name) from error
+    finally:
+        av.logging.set_level(level)  # torchvision makes PyAV print to standard error
     version = getattr(library, "__version__", "0")
     if tuple(map(int, re.findall(r"\d+", version)[: len(decoder.min_version)])) < decoder.min_version:
         needed = ".".join(map(str, decoder.min_version))

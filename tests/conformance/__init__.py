@@ -1,0 +1,1 @@
+"""Every decoder against every kind of file."""
