@@ -122,7 +122,7 @@ class _OpenedFile(OpenedMedia):
             return await self.ask(self.opening, [self.source.fd])
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self._ranges = RangeServer(self.source, ours)
+            self._ranges = RangeServer(self.source.another_reader(), ours)
             return await self.ask(self.opening, [self.source.fd, theirs.fileno()])
 
     def close(self) -> None:

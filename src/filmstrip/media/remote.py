@@ -161,12 +161,16 @@ class PartialFile(Protocol):
         """Fetch these ranges in the background."""
         ...
 
+    def close(self) -> None:
+        """Stop fetching."""
+        ...
+
 
 class RangeServer:
     """Fetches what one worker asks for; ``failed`` raises the first error."""
 
     def __init__(self, file: PartialFile, connection: socket.socket) -> None:
-        """``connection`` is taken over."""
+        """``file`` and ``connection`` are taken over."""
         connection.setblocking(False)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._file, self._connection = file, connection
@@ -179,6 +183,7 @@ class RangeServer:
         """Stop fetching; what arrived stays. May be called twice."""
         for task in (self._serving, *self._fetching):
             task.cancel()
+        self._file.close()
         if not self.failed.cancel():
             self.failed.exception()  # it has been looked at, or nobody cares
 

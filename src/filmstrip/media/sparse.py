@@ -113,6 +113,10 @@ class SparseFile:
             raise ValueError("parts of the file are missing; ensure(0, num_bytes) fetches them")
         return FileSource(os.dup(self.fd), self.content_hash).open()
 
+    def another_reader(self) -> SparseFile:
+        """A second reader of the same file, closed on its own: then what only it wanted is stopped."""
+        return SparseFile(self._opened())
+
     def close(self) -> None:
         """Let go; stops what only this reader wanted. May be called twice, and is when nobody has this object any more."""
         content, self._content = self._content, None
