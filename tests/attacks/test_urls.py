@@ -259,3 +259,44 @@ def test_a13_nothing_that_was_fetched_is_told(server):
         text = ask_for_clip(server, f"{SITE}/{path}").text
         for secret in (SECRET, "inner-path", "10.1.2.3"):
             assert secret not in text
+
+
+def frames_part(*urls):
+    return {
+        "type": "video_frames",
+        "video_frames": {"frames": [{"url": url, "timestamp": i} for i, url in enumerate(urls)]},
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["http://127.0.0.1/1.jpg"],
+        ["http://10.0.0.1/1.jpg", f"{SITE}/good.mp4"],
+        [f"{SITE}/to?url=http://127.0.0.1/1.jpg"],
+        ["file:///etc/passwd"],
+        ["/etc/passwd", "data:image/png;base64,AAAA"],
+        ["ftp://allowed.test/1.jpg"],
+        ["http://mixed.test/1.jpg"],
+        [f"{SITE}/text", f"{SITE}/text"],
+        [f"{SITE}/huge-length"],
+        ["data:video/jpeg;base64,AAAA,AAAA"],
+    ],
+    ids=lambda urls: urls[0][:40],
+)
+def test_frames_chosen_by_the_client_come_through_the_same_fetcher(server, urls, stream):
+    server.internet.reset()
+    error = check_error(server.post([{"role": "user", "content": [frames_part(*urls)]}], stream=stream))
+    assert error["param"].startswith("messages[0].content[0]")
+    assert server.internet.canary.num_connections == 0
+    server.check_still_good()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_many_frames_are_refused_before_any_is_fetched(server, stream):
+    server.internet.reset()
+    part = frames_part(*[f"{SITE}/good.mp4"] * 1000)
+    check_error(server.post([{"role": "user", "content": [part]}], stream=stream))
+    assert server.internet.site.requests == []
+    assert server.internet.names.asked == []
