@@ -1,10 +1,15 @@
 """A slice of the fuzzing that every run of the tests repeats, and what longer runs have found."""
 
 import random
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+import tests.fuzz.__main__ as command_line
 from filmstrip.types import Modality
 from tests.fuzz.mutate import MAX_BYTES, mutate
 from tests.fuzz.runner import Case, Fuzzer, fuzz, load_seeds, make_case
@@ -83,3 +88,34 @@ async def test_an_exception_that_is_none_of_ours_is_a_failure(tmp_path):
     report = await Leaky(leak, tmp_path).run([Case(0, "rgb.png", Modality.IMAGE, "data", load_seeds()["rgb.png"])])
     assert [failure.partition(":")[0] for failure in report.failures] == ["unexpected"]
     assert "file 0 (rgb.png as image, data)" in report.failures[0]
+
+
+def test_a_crash_of_the_whole_run_names_the_files_and_the_run_goes_on_behind_them(monkeypatch, capsys):
+    started = []
+
+    def run_child(arguments, first, num_files, seconds, log):
+        started.append((first, num_files))
+        if first > 0:
+            return 0, {"outcomes": {"decoded": num_files}, "failures": [], "worker_crashes": []}
+        log.write_text("begin 0\nbegin 1\nbegin 2\nend 1 decoded\nbegin 3\nend 0 decoded\n")
+        return -signal.SIGSEGV, None
+
+    monkeypatch.setattr(command_line, "_run_child", run_child)
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--num-files", "100", "--seed", "9"])
+    assert command_line.main() == 1
+    assert started == [(0, 100), (4, 96)]
+    told = capsys.readouterr().out
+    assert "CRASH seed 9: SIGSEGV while files [2, 3] were under way" in told
+    assert told.endswith("1 crashes of the whole process, 0 other failures\n")
+
+
+def test_the_command_line_sends_files_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "tests.fuzz", "--num-files", "12", "--seed", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "files 0 to 11 of seed 2" in result.stdout
+    saved = tmp_path / "case"
+    subprocess.run(
+        [*command, "--first", "5", "--save", str(saved)], check=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert saved.read_bytes() == make_case(2, 5, load_seeds()).data
