@@ -294,6 +294,8 @@ class MediaLoader:
             answer = await self._asked(opened.ask(messages.ReadPatches(plan, num_threads), [output.fd]))
             if not isinstance(answer, messages.Done) or not _can_be_delivered(answer.delivered, plan, opened.metadata):
                 worker.crashed(ValueError("it says that it delivered what cannot be"))
+            stats = self._pool.stats
+            stats.peak_memory_bytes = max(stats.peak_memory_bytes, answer.peak_memory_bytes)
             return output, answer.delivered
         finally:
             opened.let_go()  # nothing of one item is left for the next

@@ -15,6 +15,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import struct
@@ -140,7 +141,8 @@ class _Item:
 
     def __init__(self, connection: socket.socket, max_memory_bytes: int) -> None:
         self._connection, self._max_memory_bytes = connection, max_memory_bytes
-        self._read: Callable[[Any, int], messages.Done] | None = None
+        self._first_memory_bytes = _peak_memory_bytes()
+        self._read: Callable[[Any, int], tuple[int, ...]] | None = None
 
     def serve(self) -> None:
         """Answer until the parent goes."""
@@ -155,7 +157,8 @@ class _Item:
             if isinstance(message, messages.ReadPatches | messages.ReadSamples):
                 if self._read is None:
                     raise MediaDecodeError("nothing is open")
-                return self._read(message, descriptors[0])
+                delivered = self._read(message, descriptors[0])
+                return messages.Done(delivered, _peak_memory_bytes() - self._first_memory_bytes)
             if isinstance(message, messages.CheckDecoders):
                 for name in message.names:
                     import_decoder(name)
@@ -196,20 +199,26 @@ class _Item:
         return FileSource(descriptors[0], message.content_hash)
 
     def _video(self, reader: VideoReader) -> VideoMetadata:
-        def read(message: messages.ReadPatches, descriptor: int) -> messages.Done:
+        def read(message: messages.ReadPatches, descriptor: int) -> tuple[int, ...]:
             plan = message.plan
             output = SharedTensor(descriptor, plan.patches_shape, "uint8")
             writer = PatchWriter(plan, output.torch())
-            return messages.Done(reader.read(plan.frame_indices, writer.write, message.num_threads))
+            return reader.read(plan.frame_indices, writer.write, message.num_threads)
 
         self._read = read
         return reader.metadata
 
     def _image(self, source: MediaSource, max_pixels: int) -> ImageMetadata:
-        def read(message: messages.ReadPatches, descriptor: int) -> messages.Done:
+        def read(message: messages.ReadPatches, descriptor: int) -> tuple[int, ...]:
             output = SharedTensor(descriptor, message.plan.patches_shape, "uint8")
             PatchWriter(message.plan, output.torch()).write(0, np.array(open_image(source, max_pixels)))
-            return messages.Done(message.plan.frame_indices)
+            return message.plan.frame_indices
 
         self._read = read
         return probe_image(source, max_pixels)
+
+
+def _peak_memory_bytes() -> int:
+    """Most resident memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -117,9 +117,13 @@ class TimeSeriesOpened(msgspec.Struct, tag="time_series"):
 
 
 class Done(msgspec.Struct, tag="done"):
-    """What was asked for is written; ``delivered`` are the frames."""
+    """What was asked for is written; ``delivered`` are the frames.
+
+    ``peak_memory_bytes`` is the most resident memory so far, shared memory included, above what the process began with.
+    """
 
     delivered: tuple[int, ...]
+    peak_memory_bytes: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):

@@ -44,11 +44,13 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NU
 
 @dataclass
 class WorkerStats:
-    """Counters of worker processes: started, ended by a crash of their own, killed at the time limit."""
+    """Counters of worker processes: started, ended by a crash of their own, killed at the time limit; and the most memory
+    that one took beyond what it began with, its results included."""
 
     num_started: int = 0
     num_crashed: int = 0
     num_timed_out: int = 0
+    peak_memory_bytes: int = 0
 
 
 class Worker:
