@@ -16,9 +16,28 @@ import httpx2
 import openai
 import pytest
 
+from filmstrip.config import EngineConfig, LLMConfig, ServerConfig
 from filmstrip.errors import EngineDeadError, EngineOverloadedError
+from filmstrip.server.runner import bind
 from tests.server.fakes import Abort, FakeLLM, RefusingLLM, serving
 from tests.server.test_chat import MESSAGES, URL
+
+
+async def test_small_answers_are_not_held_back():
+    """Nagle's algorithm must be off on what the listener accepts, or an answer in two writes waits for an ACK."""
+    listener = bind(ServerConfig(LLMConfig(EngineConfig("m")), port=0))
+    accepted = asyncio.get_running_loop().create_future()
+
+    def take(reader, writer):
+        accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async with await asyncio.start_server(take, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await asyncio.wait_for(accepted, 10) == 1
+        writer.close()
+        await writer.wait_closed()
+
 
 VIDEO_MESSAGES = [
     {
@@ -206,6 +225,7 @@ def test_too_many_headers():
 
 SERVER_PROGRAM = """
 import asyncio, sys
+from filmstrip.server.runner import bind
 from tests.server.fakes import FakeLLM, server_config
 from filmstrip.server.app import create_app
 from filmstrip.server.runner import bind, run
