@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from filmstrip.llm import LLM, AsyncLLM
-    from filmstrip.media.encode import encode_image_base64, encode_video_base64, load_image, load_video
+    from filmstrip.media.encode import (
+        encode_image_base64,
+        encode_time_series_base64,
+        encode_video_base64,
+        load_image,
+        load_time_series,
+        load_video,
+    )
     from filmstrip.types import RequestOutput, SamplingParams
 
 __all__ = [
@@ -17,8 +24,10 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "encode_image_base64",
+    "encode_time_series_base64",
     "encode_video_base64",
     "load_image",
+    "load_time_series",
     "load_video",
 ]
 
@@ -28,8 +37,10 @@ _MODULES = {
     "RequestOutput": "filmstrip.types",
     "SamplingParams": "filmstrip.types",
     "encode_image_base64": "filmstrip.media.encode",
+    "encode_time_series_base64": "filmstrip.media.encode",
     "encode_video_base64": "filmstrip.media.encode",
     "load_image": "filmstrip.media.encode",
+    "load_time_series": "filmstrip.media.encode",
     "load_video": "filmstrip.media.encode",
 }
 

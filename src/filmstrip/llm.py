@@ -23,6 +23,7 @@ from filmstrip.processing.tasks import gather_or_cancel
 from filmstrip.processing.tokenizer import StopStrings, StreamingDecoder, Tokenizer
 from filmstrip.types import (
     FinishReason,
+    FrameTiming,
     Modality,
     ProcessedPrompt,
     Progress,
@@ -240,6 +241,13 @@ class LLM:
         """Load ``model`` (a directory or a hub id); raises ModelLoadError."""
         defaults = parse_media_options(media_io_kwargs, mm_processor_kwargs, MediaOptions())
         engine, media, processor = _split_options(options)
+        if dataclasses.replace(defaults.timing, fps=None) != FrameTiming():
+            raise InvalidRequestError(
+                "frames_indices, total_num_frames, duration and timestamps belong to one video, not to all",
+                param="media_io_kwargs.video",
+            )
+        if defaults.video_decoder is not None:
+            media["video_decoder"] = defaults.video_decoder
         config = LLMConfig(
             EngineConfig(
                 model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, **engine

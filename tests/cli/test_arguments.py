@@ -132,6 +132,14 @@ def test_api_key_of_the_environment(monkeypatch):
             "argument --media-io-kwargs: media_io_kwargs has no section 'movie'",
         ),
         (["m", "--media-io-kwargs", '{"video": {"fps": 0}}'], "argument --media-io-kwargs: media_io_kwargs.video.fps "),
+        (
+            ["m", "--media-io-kwargs", '{"video": {"timestamps": [1]}}'],
+            "argument --media-io-kwargs: frames_indices, total",
+        ),
+        (
+            ["m", "--media-io-kwargs", '{"video": {"backend": "pyav"}}'],
+            "argument --media-io-kwargs: the server's own decoder",
+        ),
         (["m", "--media-io-kwargs", '{"video": {"frame": 1}}'], "argument --media-io-kwargs: media_io_kwargs.video "),
         (["m", "--media-io-kwargs", '{"video": {"duration": 1}}'], "argument --media-io-kwargs: frames_indices, "),
         (

@@ -26,13 +26,13 @@ import psutil
 from filmstrip.config import MediaConfig
 from filmstrip.errors import FilmstripError
 from filmstrip.media.loader import MediaLoader
-from filmstrip.types import FramePlan, MediaItem, Modality, PatchLayout, VideoMetadata
+from filmstrip.types import FramePlan, MediaItem, Modality, PatchLayout, TimeSeriesMetadata, VideoMetadata
 from tests.fuzz.mutate import mutate
 
 SEEDS = Path(__file__).parent / "seeds"
 NUM_AT_ONCE = 4
 LAYOUT = PatchLayout(patch_size=16, temporal_patch_size=2, merge_size=2)
-GOOD_SEEDS = ("h264.mp4", "rgb.png")
+GOOD_SEEDS = ("h264.mp4", "rgb.png", "float32.npy", "sound.flac")
 CHECK_EVERY = 250
 """Files between two questions whether the loader still decodes good files."""
 GRACE_SECONDS = 10.0
@@ -205,7 +205,10 @@ class Fuzzer:
             fetched = await loader.fetch(MediaItem(case.modality, url=str(path) if path else _data_url(case)))
             opened = await loader.open(fetched)
             try:
-                await loader.read(opened, plan_for(opened.metadata))
+                if isinstance(opened.metadata, TimeSeriesMetadata):
+                    await loader.read_samples(opened)
+                else:
+                    await loader.read(opened, plan_for(opened.metadata))
             finally:
                 opened.close()
         finally:

@@ -9,6 +9,7 @@ import wave
 import av
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from filmstrip.config import MediaConfig
@@ -78,6 +79,10 @@ def image_item(url=None, **options):
 
 def video_item(url=None, **options):
     return MediaItem(Modality.VIDEO, url=url, param="messages[0].content[0].video_url", **options)
+
+
+def series_item(url=None, **options):
+    return MediaItem(Modality.TIME_SERIES, url=url, param="messages[0].content[0].time_series_url", **options)
 
 
 def plan_of(*frame_indices, height=16, width=24):
@@ -176,9 +181,61 @@ async def test_items_load_at_the_same_time(loader, clip):
 def test_presampled_items_are_known():
     assert is_presampled(video_item("data:video/jpeg;base64,AAAA,BBBB"))
     assert is_presampled(video_item(data=shades()))
+    assert is_presampled(video_item(frame_urls=("a.jpg", "b.jpg")))
     assert not is_presampled(video_item("data:video/mp4;base64,AAAA"))
     assert not is_presampled(video_item("clip.mp4"))
     assert not is_presampled(image_item(data=shades()[0]))
+
+
+async def test_frames_at_urls_of_their_own_are_a_video_with_the_times_given(loader, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(shades()[5 * i]))
+    urls = (str(tmp_path / "0.png"), (tmp_path / "1.png").as_uri(), data_url("image/png", picture(shades()[10])))
+    item = video_item(frame_urls=urls, timing=FrameTiming(timestamps=(0.5, 1.25, 4.0)))
+    metadata, patches, indices = await load(loader, item, plan_of(0, 1, 2))
+    assert metadata.timestamps.tolist() == [0.5, 1.25, 4.0]
+    assert not metadata.timing_assumed
+    assert indices == (0, 1, 2)
+    expected = await load(loader, video_item(data=shades()[[0, 5, 10]], timing=item.timing), plan_of(0, 1, 2))
+    np.testing.assert_array_equal(patches, expected[1])
+
+
+SERIES = np.arange(24, dtype=np.float64).reshape(12, 2) / 7
+
+
+@pytest.mark.parametrize("way", ["npy", "fortran", "csv", "wav", "array"])
+async def test_a_time_series_comes_through_a_worker_as_it_was_written(loader, way):
+    data = SERIES
+    if way != "array":
+        file = io.BytesIO()
+        if way == "csv":
+            np.savetxt(file, SERIES, delimiter=",", fmt="%.17g")
+        elif way == "wav":
+            soundfile.write(file, SERIES / 4, 50, format="WAV", subtype="FLOAT")
+        else:
+            np.save(file, SERIES if way == "npy" else np.asfortranarray(SERIES))
+        item = series_item(data_url("", file.getvalue()), sampling_rate=None if way == "wav" else 50.0)
+        data = SERIES / 4 if way == "wav" else SERIES
+    else:
+        item = series_item(data=SERIES, sampling_rate=50.0)
+    opened = await loader.open(await loader.fetch(item))
+    assert opened.metadata.duration == 12 / 50
+    samples = await loader.read_samples(opened)
+    opened.close()
+    np.testing.assert_array_equal(samples.array, data.astype(np.float32))
+    assert loader.worker_stats.num_started == (0 if way == "array" else 1)
+
+
+async def test_faults_behind_the_header_of_a_time_series_are_found_when_it_is_read(loader):
+    opened = await loader.open(await loader.fetch(series_item(data_url("text/csv", b"1,2\n3,x\n"))))
+    with pytest.raises(MediaDecodeError, match="row 2, column 2 of the table is not a number") as caught:
+        await loader.read_samples(opened)
+    assert caught.value.param == opened.item.param
+
+
+async def test_a_rate_that_cannot_be_is_refused_before_anything_is_fetched(loader):
+    with pytest.raises(InvalidRequestError, match="sampling_rate must be a number"):
+        await loader.fetch(series_item("http://127.0.0.1:1/", sampling_rate=0.0))
 
 
 # Hashes
@@ -269,7 +326,16 @@ BROKEN = [
     ),
     (image_item(data="text"), MediaDecodeError, "numpy array"),
     (video_item(data=[1]), MediaDecodeError, "numpy array"),
-    (MediaItem(Modality.TIME_SERIES, url="x", param="p"), InvalidRequestError, "time_series"),
+    (
+        series_item(data_url("image/png", PNG)),
+        MediaDecodeError,
+        "type image/png in a part of type time_series_url; send",
+    ),
+    (series_item(data_url("", PNG)), MediaDecodeError, "a PNG image, not a time series; send it as image_url"),
+    (series_item(data_url("text/csv", b"x,y\n")), MediaDecodeError, "no numbers"),
+    (series_item(data=[1.0]), MediaDecodeError, "must be a numpy array, not list"),
+    (series_item(data=np.array([np.nan])), MediaDecodeError, "is not finite"),
+    (series_item("/no/such/series.npy"), MediaFetchError, "no such file"),
 ]
 
 

@@ -114,33 +114,47 @@ async def test_a_worker_that_lies_is_not_believed():
         assert loader.worker_stats.num_crashed == 1
 
 
+OPEN_IMAGE = messages.OpenImage(max_pixels=1000)
+OPEN_SERIES = messages.OpenTimeSeries(max_values=1000, max_channels=10, sampling_rate=None)
+OPEN_VIDEO = messages.OpenVideo("pyav", max_pixels=1000, content_hash="")
+
+
+def video_opened(fps=1.0, height=5, times=(0.0, 1.0)):
+    timestamps = np.array(times, np.float64).tobytes()
+    return messages.VideoOpened(2, fps, 1.0, height, 5, timestamps, "pyav", "h264", 0, False, False)
+
+
 @pytest.mark.parametrize(
-    "message",
+    ("opening", "message"),
     [
-        messages.ImageOpened(10**6, 10**6, "PNG"),
-        messages.ImageOpened(0, 5, "PNG"),
-        messages.ImageOpened(-2, -2, "PNG"),
-        messages.TimeSeriesOpened(0, 1, None, "npy"),
-        messages.TimeSeriesOpened(1, 1, float("nan"), "npy"),
-        messages.Done((0,)),
-        *(
-            messages.VideoOpened(
-                2, fps, 1.0, height, 5, np.array(times, np.float64).tobytes(), "pyav", "h264", 0, False, False
-            )
-            for fps, height, times in [
-                (1.0, 5, [0.0]),
-                (1.0, 5, [0.0, np.nan]),
-                (1.0, 5, [1.0, 0.0]),
-                (float("inf"), 5, [0.0, 1.0]),
-                (0.0, 5, [0.0, 1.0]),
-                (1.0, 10**7, [0.0, 1.0]),
-            ]
-        ),
+        (OPEN_IMAGE, messages.ImageOpened(10**6, 10**6, "PNG")),
+        (OPEN_IMAGE, messages.ImageOpened(0, 5, "PNG")),
+        (OPEN_IMAGE, messages.ImageOpened(-2, -2, "PNG")),
+        (OPEN_IMAGE, video_opened()),
+        (OPEN_SERIES, messages.TimeSeriesOpened(0, 1, None, "npy")),
+        (OPEN_SERIES, messages.TimeSeriesOpened(1, 1, float("nan"), "npy")),
+        (OPEN_SERIES, messages.TimeSeriesOpened(1001, 1, None, "npy")),
+        (OPEN_SERIES, messages.TimeSeriesOpened(1, 11, None, "npy")),
+        (OPEN_SERIES, messages.ImageOpened(5, 5, "PNG")),
+        (OPEN_VIDEO, messages.Done((0,))),
+        (OPEN_VIDEO, messages.ImageOpened(5, 5, "PNG")),
+        (OPEN_VIDEO, video_opened(times=[0.0])),
+        (OPEN_VIDEO, video_opened(times=[0.0, np.nan])),
+        (OPEN_VIDEO, video_opened(times=[1.0, 0.0])),
+        (OPEN_VIDEO, video_opened(fps=float("inf"))),
+        (OPEN_VIDEO, video_opened(fps=0.0)),
+        (OPEN_VIDEO, video_opened(height=10**7)),
     ],
 )
-def test_descriptions_that_cannot_be_are_refused(message):
+def test_descriptions_that_cannot_be_are_refused(opening, message):
     with pytest.raises(ValueError):
-        messages.metadata_of(message, max_pixels=1000)
+        messages.metadata_of(message, opening)
+
+
+def test_descriptions_that_can_be_are_taken():
+    assert messages.metadata_of(messages.ImageOpened(5, 6, "PNG"), OPEN_IMAGE).width == 6
+    assert messages.metadata_of(messages.TimeSeriesOpened(100, 10, 8.0, "csv"), OPEN_SERIES).duration == 12.5
+    assert messages.metadata_of(video_opened(), OPEN_VIDEO).total_num_frames == 2
 
 
 def test_errors_of_workers_are_of_known_kinds_and_bounded():

@@ -4,7 +4,7 @@ import pytest
 
 from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options, parse_messages
-from filmstrip.types import FrameSampling, Modality, PixelLimits
+from filmstrip.types import FrameSampling, FrameTiming, Modality, PixelLimits
 
 OPTIONS = MediaOptions()
 
@@ -24,6 +24,9 @@ def parse(content, options=OPTIONS, max_items=8):
         ({"type": "image_url", "image_url": {"url": "clip.mp4", "detail": "high"}}, Modality.IMAGE),
         ({"type": "image", "image": "clip.mp4"}, Modality.IMAGE),
         ({"type": "input_image", "image_url": "clip.mp4"}, Modality.IMAGE),
+        ({"type": "time_series_url", "time_series_url": {"url": "clip.mp4"}}, Modality.TIME_SERIES),
+        ({"time_series_url": "clip.mp4"}, Modality.TIME_SERIES),
+        ({"type": "time_series", "time_series": "clip.mp4"}, Modality.TIME_SERIES),
     ],
 )
 def test_every_form_of_a_media_part(part, modality):
@@ -66,6 +69,99 @@ def test_timing_of_client_sampled_frames_comes_from_the_part_or_the_request():
     options = parse_media_options({"video": {"duration": 8.0, "total_num_frames": 240}}, None, OPTIONS)
     (item,) = parse([{"video_url": {"url": "data:video/jpeg;base64,", "frames_indices": [0, 30]}}], options).items
     assert (item.timing.frames_indices, item.timing.total_num_frames, item.timing.duration) == ((0, 30), 240, 8.0)
+
+
+def test_a_time_series_brings_its_rate():
+    (item,) = parse([{"type": "time_series_url", "time_series_url": {"url": "a.npy", "sampling_rate": 50}}]).items
+    assert (item.sampling_rate, item.param) == (50, "messages[0].content[0].time_series_url.url")
+
+
+def test_video_frames_bring_their_times():
+    frames = [{"url": "a.jpg", "timestamp": 0.5}, {"url": "b.jpg", "timestamp": 2}]
+    part = {"type": "video_frames", "video_frames": {"frames": frames, "max_pixels": 9000}}
+    (item,) = parse([part]).items
+    assert (item.type, item.url, item.frame_urls) == (Modality.VIDEO, None, ("a.jpg", "b.jpg"))
+    assert (item.timing.timestamps, item.pixels.max_pixels) == ((0.5, 2), 9000)
+    assert item.param == "messages[0].content[0].video_frames.frames"
+
+
+def test_video_frames_without_times_take_those_beside_them():
+    part = {"type": "video_frames", "video_frames": ["a.jpg", "b.jpg"], "fps": 4}
+    (item,) = parse([part]).items
+    assert (item.frame_urls, item.timing.timestamps, item.timing.fps) == (("a.jpg", "b.jpg"), None, 4)
+
+
+def test_timestamps_of_an_item_go_before_the_requests_indices():
+    options = parse_media_options({"video": {"duration": 8.0, "total_num_frames": 240}}, None, OPTIONS)
+    (item,) = parse([{"video_url": {"url": "data:video/jpeg;base64,", "timestamps": [0, 1.5]}}], options).items
+    assert item.timing == FrameTiming(timestamps=(0, 1.5), duration=8.0)
+
+
+def test_the_decoder_is_chosen_by_server_request_or_item():
+    options = parse_media_options({"video": {"backend": "opencv"}}, None, MediaOptions(video_decoder="decord"))
+    plain, own = parse([{"video_url": "a"}, {"video_url": {"url": "b", "video_backend": "pyav"}}], options).items
+    assert (plain.video_decoder, own.video_decoder) == ("opencv", "pyav")
+    assert parse([{"video_url": "a"}]).items[0].video_decoder is None
+    assert parse_media_options({}, None, MediaOptions(video_decoder="decord")).video_decoder == "decord"
+
+
+def test_limits_by_modality_name_the_modality():
+    parts = [{"image_url": "a"}, {"image_url": "b"}, {"video_url": "c"}]
+    conversation = [{"role": "user", "content": parts}]
+    parse_messages(conversation, OPTIONS, max_items=8, limits={"image": 2, "time_series": 0})
+    for limits, words in (({"image": 1}, "2 items of type image; at most 1"), ({"video": 0}, "1 items of type video")):
+        with pytest.raises(InvalidRequestError, match=rf"{words}.*--limit-mm-per-prompt"):
+            parse_messages(conversation, OPTIONS, max_items=8, limits=limits)
+
+
+def video(**settings):
+    return [{"role": "user", "content": [{"video_url": {"url": "a", **settings}}]}]
+
+
+def frames(*entries, **settings):
+    part = {"type": "video_frames", "video_frames": {"frames": list(entries), **settings}}
+    return [{"role": "user", "content": [part]}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (video(timestamps=[0, "1"]), "video_url.timestamps"),
+        (video(timestamps=[1, 0]), "video_url.timestamps"),
+        (video(timestamps=[0, float("nan")]), "video_url.timestamps"),
+        (video(timestamps=[-1, 0]), "video_url.timestamps"),
+        (video(timestamps=5), "video_url.timestamps"),
+        (video(timestamps=[0], frames_indices=[0]), "video_url.timestamps"),
+        (video(frames_indices=[0, 2**31]), "video_url.frames_indices"),
+        (video(frames_indices=[3, 1]), "video_url.frames_indices"),
+        (video(frames_indices="01"), "video_url.frames_indices"),
+        (video(total_num_frames=2**31), "video_url.total_num_frames"),
+        (video(total_num_frames=True), "video_url.total_num_frames"),
+        (video(duration=float("inf")), "video_url.duration"),
+        (video(backend="../x"), "video_url.backend"),
+        (video(video_backend=3), "video_url.video_backend"),
+        (video(backend="pyav", video_backend="opencv"), "video_url.backend"),
+        (video(sampling_rate=3), "video_url.sampling_rate"),
+        (frames(), "video_frames.frames"),
+        (frames("a", 3), "video_frames.frames[1].url"),
+        (frames({"url": " "}), "video_frames.frames[0].url"),
+        (frames({"url": "a", "time": 1}), "video_frames.frames[0].time"),
+        (frames({"url": "a", "timestamp": 1}, "b"), "video_frames.frames"),
+        (frames({"url": "a", "timestamp": "1"}), "video_frames.timestamps"),
+        (frames("a", rate=1), "video_frames.rate"),
+    ],
+)
+def test_wrong_times_frames_and_decoders_name_the_field(messages, param):
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_messages(messages, OPTIONS, max_items=8)
+    assert caught.value.param == f"messages[0].content[0].{param}"
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), "50", True])
+def test_a_wrong_sampling_rate_names_the_field(rate):
+    with pytest.raises(InvalidRequestError) as caught:
+        parse([{"time_series_url": {"url": "a", "sampling_rate": rate}}])
+    assert caught.value.param == "messages[0].content[0].time_series_url.sampling_rate"
 
 
 @pytest.mark.parametrize(

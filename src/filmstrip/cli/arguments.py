@@ -244,8 +244,10 @@ def _media_io_kwargs(text: str) -> MediaOptions:
     options = _media_options(_json_object(text), None)
     if dataclasses.replace(options.timing, fps=None) != FrameTiming():
         raise argparse.ArgumentTypeError(
-            "frames_indices, total_num_frames and duration belong to one video, not to all"
+            "frames_indices, total_num_frames, duration and timestamps belong to one video, not to all"
         )
+    if options.video_decoder is not None:
+        raise argparse.ArgumentTypeError("the server's own decoder is chosen with --video-decoder")
     return options
 
 

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import numbers
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,29 @@ ASSUMED_FPS = 2.0
 _FPS_RANGE = (1e-6, 1e6)
 _SECONDS_RANGE = (1e-6, 1e9)
 _MAX_INDEX = 2**31 - 1
+
+TIMING_FIELDS = ("frames_indices", "total_num_frames", "duration", "timestamps")
+"""What can be said of the times of frames sampled by the client, beside fps."""
+
+
+def parse_frame_timing(values: Mapping[str, Any], param: str, *, fps: float | None = None) -> FrameTiming:
+    """Timing as users write it: ``TIMING_FIELDS`` of ``values``; its other keys are left alone, None means not said.
+
+    ``fps`` goes into the result unchecked: as a wish for sampling it may be any number. Raises InvalidRequestError with
+    ``param`` extended by the key for a value of the wrong type or out of range. What depends on the number of frames is
+    checked by :func:`frame_times`.
+    """
+    given: dict[str, Any] = {name: values[name] for name in TIMING_FIELDS if values.get(name) is not None}
+    for name in ("frames_indices", "timestamps"):
+        if name in given:
+            if not isinstance(given[name], Sequence) or isinstance(given[name], str | bytes):
+                raise InvalidRequestError(f"{param}.{name} must be a list of numbers", param=f"{param}.{name}")
+            given[name] = tuple(given[name])
+    try:
+        _check_values(FrameTiming(**given))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{param}.{error.message}", param=f"{param}.{error.param}") from None
+    return FrameTiming(fps=fps, **given)
 
 
 class FrameListReader:
@@ -152,24 +175,21 @@ class FrameTimes:
 def frame_times(num_frames: int, timing: FrameTiming, param: str | None = None) -> FrameTimes:
     """Times of ``num_frames`` frames.
 
-    With ``frames_indices`` frame i stands at ``frames_indices[i] / fps`` of the source, whose fps is given or
-    ``total_num_frames / duration``. Without, the frames are all there is: i / fps, or evenly over ``duration``, or at an
-    assumed 2 fps. Raises InvalidRequestError (``param``, else the field's name) for values that cannot be or contradict each
-    other.
+    ``timestamps`` are taken as they are. With ``frames_indices`` frame i stands at ``frames_indices[i] / fps`` of the
+    source, whose fps is given or ``total_num_frames / duration``. Without, the frames are all there is: i / fps, or evenly
+    over ``duration``, or at an assumed 2 fps. Raises InvalidRequestError (``param``, else the field's name) for values that
+    cannot be or contradict each other.
     """
-    _check_numbers(timing, param)
+    _check_values(timing, param)
+    _check_against_frames(timing, num_frames, param)
     indices, total = timing.frames_indices, timing.total_num_frames
-    if total is not None and total < num_frames:
-        raise _invalid("total_num_frames", param, f"is {total}, but {num_frames} frames were sent")
-    if indices is not None:
-        _check_indices(indices, num_frames, total, param)
-    elif total is not None and total > num_frames:
-        raise _invalid(
-            "frames_indices", param, f"is needed: total_num_frames is {total} and only {num_frames} frames were sent"
-        )
     source_fps = _source_fps(num_frames, timing)
-    if indices is None:
-        fps = source_fps or ASSUMED_FPS
+    assumed = False
+    if timing.timestamps is not None:
+        timestamps = np.asarray(timing.timestamps, dtype=np.float64)
+        fps = _mean_fps(timestamps) or timing.fps or ASSUMED_FPS
+    elif indices is None:
+        fps, assumed = source_fps or ASSUMED_FPS, source_fps is None
         timestamps = np.arange(num_frames, dtype=np.float64) / fps
     elif source_fps is None:
         raise _invalid(
@@ -177,15 +197,20 @@ def frame_times(num_frames: int, timing: FrameTiming, param: str | None = None) 
         )
     else:
         timestamps = np.asarray(indices, dtype=np.float64) / source_fps
-        span = float(timestamps[-1] - timestamps[0])
-        fps = (num_frames - 1) / span if span > 0 else source_fps
+        fps = _mean_fps(timestamps) or source_fps
     if timing.duration is not None:
         duration = float(timing.duration)
     elif total is not None and source_fps is not None:
         duration = total / source_fps
     else:
         duration = float(timestamps[-1]) + 1 / fps
-    return FrameTimes(timestamps, float(fps), duration, assumed=source_fps is None)
+    return FrameTimes(timestamps, float(fps), duration, assumed)
+
+
+def _mean_fps(timestamps: np.ndarray) -> float | None:
+    """Frames per second between the first and the last, if time passes between them."""
+    span = float(timestamps[-1] - timestamps[0])
+    return (len(timestamps) - 1) / span if span > 0 else None
 
 
 def _source_fps(num_frames: int, timing: FrameTiming) -> float | None:
@@ -199,27 +224,61 @@ def _source_fps(num_frames: int, timing: FrameTiming) -> float | None:
     return None if timing.total_num_frames is None else timing.total_num_frames / float(timing.duration)
 
 
-def _check_numbers(timing: FrameTiming, param: str | None) -> None:
+def _check_values(timing: FrameTiming, param: str | None = None) -> None:
+    """Raise for what cannot be, whatever the frames are."""
     for name, value, (low, high) in (("fps", timing.fps, _FPS_RANGE), ("duration", timing.duration, _SECONDS_RANGE)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
+        if value is not None and not _is_number(value, low, high):
             raise _invalid(name, param, f"must be a number from {low:g} to {high:g}, not {value!r:.80}")
     total = timing.total_num_frames
     if total is not None and not _is_integer(total, 1):
         raise _invalid("total_num_frames", param, f"must be an integer from 1 to {_MAX_INDEX}, not {total!r:.80}")
+    if timing.frames_indices is not None:
+        _check_ascending("frames_indices", timing.frames_indices, param)
+    if timing.timestamps is not None:
+        _check_ascending("timestamps", timing.timestamps, param)
+        if timing.frames_indices is not None or total is not None:
+            raise _invalid("timestamps", param, "and frames_indices or total_num_frames both say when the frames are")
 
 
-def _check_indices(indices: Sequence[int], num_frames: int, total: int | None, param: str | None) -> None:
-    if len(indices) != num_frames:
-        raise _invalid("frames_indices", param, f"has {len(indices)} entries, but {num_frames} frames were sent")
-    wrong = next((index for index in indices if not _is_integer(index, 0)), None)
-    if wrong is not None:
-        raise _invalid("frames_indices", param, f"must be integers from 0 to {_MAX_INDEX}, not {wrong!r:.80}")
-    if any(later < earlier for earlier, later in itertools.pairwise(indices)):
-        raise _invalid("frames_indices", param, "must not decrease")
-    if total is not None and indices[-1] >= total:
+def _check_ascending(name: str, values: Sequence[Any], param: str | None) -> None:
+    if name == "timestamps":
+        what, is_right = f"numbers of seconds from 0 to {_SECONDS_RANGE[1]:g}", _is_seconds
+    else:
+        what, is_right = f"integers from 0 to {_MAX_INDEX}", _is_index
+    wrong = [value for value in values if not is_right(value)]
+    if wrong:
+        raise _invalid(name, param, f"must be {what}, not {wrong[0]!r:.80}")
+    if any(later < earlier for earlier, later in itertools.pairwise(values)):
+        raise _invalid(name, param, "must not decrease")
+
+
+def _check_against_frames(timing: FrameTiming, num_frames: int, param: str | None) -> None:
+    indices, total = timing.frames_indices, timing.total_num_frames
+    for name, values in (("frames_indices", indices), ("timestamps", timing.timestamps)):
+        if values is not None and len(values) != num_frames:
+            raise _invalid(name, param, f"has {len(values)} entries, but {num_frames} frames were sent")
+    if total is None:
+        return
+    if total < num_frames:
+        raise _invalid("total_num_frames", param, f"is {total}, but {num_frames} frames were sent")
+    if indices is None and total > num_frames:
+        raise _invalid(
+            "frames_indices", param, f"is needed: total_num_frames is {total} and only {num_frames} frames were sent"
+        )
+    if indices is not None and indices[-1] >= total:
         raise _invalid("frames_indices", param, f"ends with {indices[-1]}, but total_num_frames is {total}")
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
+
+
+def _is_seconds(value: object) -> bool:
+    return _is_number(value, 0, _SECONDS_RANGE[1])
+
+
+def _is_index(value: object) -> bool:
+    return _is_integer(value, 0)
 
 
 def _is_integer(value: object, low: int) -> bool:

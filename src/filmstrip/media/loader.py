@@ -1,4 +1,4 @@
-"""Media items to patches, many at a time: fetch, open, read; knows no prompts and no engine.
+"""Media items to patches or samples, many at a time: fetch, open, read; knows no prompts and no engine.
 
 The three steps of an item are apart because something is decided between them: after :meth:`MediaLoader.fetch` whether the
 bytes are known already, after :meth:`MediaLoader.open` which frames a model wants. Files are opened and decoded in worker
@@ -14,7 +14,7 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
@@ -32,6 +32,7 @@ from filmstrip.media.patches import write_patches
 from filmstrip.media.remote import RangeServer
 from filmstrip.media.source import FileSource, MediaSource, file_source, pack
 from filmstrip.media.sparse import SparseFile
+from filmstrip.media.time_series import check_sampling_rate, time_series_from_data
 from filmstrip.media.video import read_patches
 from filmstrip.media.workers import Worker, WorkerPool, WorkerStats
 from filmstrip.shared_tensor import SharedTensor
@@ -49,7 +50,7 @@ _MIN_PARKED = 16
 
 @dataclass(frozen=True)
 class FetchedMedia:
-    """Bytes (or pixels given as an object) of ``item``, not looked at yet.
+    """Bytes (or an object's pixels or samples) of ``item``, not looked at yet.
 
     ``content_hash`` is over all of them and over the timing of frames sampled by the client; two items with the same hash
     and type show the same pictures at the same times.
@@ -80,6 +81,15 @@ class _OpenedPixels(OpenedMedia):
     def __init__(self, item: MediaItem, metadata: Metadata, read: _ReadPixels) -> None:
         super().__init__(item, metadata)
         self.read = read
+
+
+class _OpenedSamples(OpenedMedia):
+    """A time series given as an object: float32 (num_samples, num_channels)."""
+
+    def __init__(self, item: MediaItem, samples: np.ndarray) -> None:
+        num_samples, num_channels = samples.shape
+        super().__init__(item, TimeSeriesMetadata(num_samples, num_channels, item.sampling_rate, "array"))
+        self.samples = samples
 
 
 class _OpenedFile(OpenedMedia):
@@ -181,9 +191,8 @@ class MediaLoader:
     async def fetch(self, item: MediaItem) -> FetchedMedia:
         """Get the bytes of ``item``; raises the MediaError family with the item's ``param``."""
         with about(item.param):
-            if item.type not in (Modality.IMAGE, Modality.VIDEO):
-                raise InvalidRequestError(f"media of type {item.type} are not supported", param=item.param)
             self._check_decoder(item)
+            check_sampling_rate(item.sampling_rate)
             if item.frame_urls:
                 return _fetched_frames(item, await self._fetcher.fetch_frame_urls(item.frame_urls))
             if item.url is None:
@@ -217,6 +226,41 @@ class MediaLoader:
         An image has the one frame 0. Cancelling stops the decoder at once. Raises MediaDecodeError if not a single frame can
         be decoded, InterruptedError if ``opened`` is closed.
         """
+        async with self._reading(opened) as num_threads:
+            if isinstance(opened, _OpenedPixels):
+                return await self._in_thread(lambda cancel: opened.read(plan, num_threads, cancel))
+            output = SharedTensor.create(plan.patches_shape)
+            done = await self._read_in_worker(
+                opened,
+                messages.ReadPatches(plan, num_threads),
+                output,
+                lambda delivered: _can_be_delivered(delivered, plan, opened.metadata),
+            )
+            return output, done.delivered
+
+    async def read_samples(self, opened: OpenedMedia) -> SharedTensor:
+        """The samples of a time series, float32 (num_samples, num_channels), all finite.
+
+        Cancelling stops the decoder at once. Raises MediaDecodeError for samples that cannot be read, InterruptedError if
+        ``opened`` is closed.
+        """
+        metadata = opened.metadata
+        assert isinstance(metadata, TimeSeriesMetadata)
+        shape = (metadata.num_samples, metadata.num_channels)
+        output = SharedTensor.create(shape, "float32")
+        async with self._reading(opened):
+            if isinstance(opened, _OpenedSamples):
+                output.array[...] = opened.samples
+            else:
+                await self._read_in_worker(opened, messages.ReadSamples(shape), output, lambda delivered: not delivered)
+                # A worker may have been taken over by the file it read.
+                if not await self._in_thread(lambda _: bool(np.isfinite(output.array).all())):
+                    raise MediaDecodeError("the time series has values that are not finite")
+        return output
+
+    @contextlib.asynccontextmanager
+    async def _reading(self, opened: OpenedMedia) -> AsyncIterator[int]:
+        """A place in the lane of ``opened``, and its share of the threads."""
         with about(opened.item.param), self._budget.item():
             # Items of one request begin together; all must be counted before threads are shared out.
             await asyncio.sleep(0)
@@ -224,10 +268,7 @@ class MediaLoader:
                 if opened.is_closed:
                     raise InterruptedError("the media was closed before it was read")
                 with self._budget.share() as num_threads:
-                    if isinstance(opened, _OpenedPixels):
-                        return await self._in_thread(lambda cancel: opened.read(plan, num_threads, cancel))
-                    assert isinstance(opened, _OpenedFile)
-                    return await self._read_in_worker(opened, plan, num_threads)
+                    yield num_threads
 
     async def close(self) -> None:
         """Stop all work and end all workers; items that are still being loaded fail."""
@@ -267,6 +308,9 @@ class MediaLoader:
             return opening, whole
         if item.type is Modality.IMAGE:
             return messages.OpenImage(config.max_image_pixels), file_source(content)
+        if item.type is Modality.TIME_SERIES:
+            limits = (config.max_time_series_values, config.max_time_series_channels)
+            return messages.OpenTimeSeries(*limits, item.sampling_rate), file_source(content)
         decoder = item.video_decoder or config.video_decoder
         is_remote = isinstance(content, SparseFile)
         opening = messages.OpenVideo(decoder, config.max_image_pixels, content.content_hash, is_remote)
@@ -278,25 +322,31 @@ class MediaLoader:
         opened.give_to(worker)
         answer = await self._asked(opened.open())
         try:
-            return messages.metadata_of(answer, self._config.max_image_pixels)
+            return messages.metadata_of(answer, opened.opening)
         except ValueError as error:
             worker.crashed(error)
 
     async def _read_in_worker(
-        self, opened: _OpenedFile, plan: FramePlan, num_threads: int
-    ) -> tuple[SharedTensor, tuple[int, ...]]:
+        self,
+        opened: OpenedMedia,
+        question: messages.ReadPatches | messages.ReadSamples,
+        output: SharedTensor,
+        can_be: Callable[[tuple[int, ...]], bool],
+    ) -> messages.Done:
+        """Let the worker write to ``output``; what it says it delivered is believed if it ``can_be``."""
+        assert isinstance(opened, _OpenedFile)
         self._parked.pop(id(opened), None)
         try:
             if opened.worker is None and not _is_same(await self._start(opened), opened.metadata):
                 raise MediaDecodeError("the file does not open the same way twice")
-            worker, output = opened.worker, SharedTensor.create(plan.patches_shape)
+            worker = opened.worker
             assert worker is not None
-            answer = await self._asked(opened.ask(messages.ReadPatches(plan, num_threads), [output.fd]))
-            if not isinstance(answer, messages.Done) or not _can_be_delivered(answer.delivered, plan, opened.metadata):
+            answer = await self._asked(opened.ask(question, [output.fd]))
+            if not isinstance(answer, messages.Done) or not can_be(answer.delivered):
                 worker.crashed(ValueError("it says that it delivered what cannot be"))
             stats = self._pool.stats
             stats.peak_memory_bytes = max(stats.peak_memory_bytes, answer.peak_memory_bytes)
-            return output, answer.delivered
+            return answer
         finally:
             opened.let_go()  # nothing of one item is left for the next
 
@@ -334,7 +384,13 @@ class MediaLoader:
             raise
 
     def _take_object(self, item: MediaItem) -> FetchedMedia:
-        """Pixels given as an object."""
+        """Pixels or samples given as an object."""
+        if item.type is Modality.TIME_SERIES:
+            config = self._config
+            samples = time_series_from_data(
+                item.data, max_values=config.max_time_series_values, max_channels=config.max_time_series_channels
+            )
+            return FetchedMedia(item, samples, _hash_array(samples), samples.nbytes)
         if item.type is Modality.IMAGE:
             pixels = np.array(image_from_data(item.data, self._config.max_image_pixels))
             return FetchedMedia(item, pixels, _hash_array(pixels), pixels.nbytes)
@@ -342,6 +398,8 @@ class MediaLoader:
         return FetchedMedia(item, item.data, _hash_frames([_hash_array(item.data)], item), item.data.nbytes)
 
     def _open_object(self, item: MediaItem, pixels: np.ndarray) -> OpenedMedia:
+        if item.type is Modality.TIME_SERIES:
+            return _OpenedSamples(item, pixels)
         if item.type is Modality.IMAGE:
             height, width = pixels.shape[:2]
 
@@ -367,7 +425,7 @@ def _fetched_frames(item: MediaItem, frames: Sequence[MediaSource]) -> FetchedMe
 
 def is_presampled(item: MediaItem) -> bool:
     """Whether ``item`` is a video whose frames were chosen by the client: a list of pictures or an array."""
-    return item.type is Modality.VIDEO and (item.url is None or is_frames_url(item.url))
+    return item.type is Modality.VIDEO and (item.url is None or is_frames_url(item.url))  # no url: frame_urls or data
 
 
 class _FrameLimits(TypedDict):
@@ -432,7 +490,8 @@ def _check_data_type(url: str, modality: Modality) -> None:
         return
     media_type = parse_data_url(url).media_type
     family = media_type.split("/")[0]
-    if family in ("image", "video", "audio", "text") and family != modality.value:
+    expected = ("audio", "text") if modality is Modality.TIME_SERIES else (modality.value,)
+    if family in ("image", "video", "audio", "text") and family not in expected:
         advice = f"; send it as {family}_url" if family in ("image", "video") else ""
         raise MediaDecodeError(f"data of type {media_type[:80]} in a part of type {modality}_url{advice}")
 

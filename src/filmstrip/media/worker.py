@@ -22,7 +22,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import av
 import numpy as np
@@ -40,6 +40,7 @@ from filmstrip.media.image import open_image, probe_image
 from filmstrip.media.patches import PatchWriter, resize_frame
 from filmstrip.media.remote import RemoteSource
 from filmstrip.media.source import FileSource, MediaSource, SpanSource
+from filmstrip.media.time_series import probe_time_series, read_time_series
 from filmstrip.media.video import open_video
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import ImageMetadata, TimeSeriesMetadata, VideoMetadata
@@ -123,6 +124,7 @@ def _answer_with(control: socket.socket, pid: int) -> None:
 def _run_copy(connection: socket.socket, max_memory_bytes: int, parent: int) -> NoReturn:
     """Never returns into the template's stack: what is there belongs to the template."""
     status = 1
+    own_words = _silence_libraries()
     try:
         sandbox.enter(max_memory_bytes=max_memory_bytes, niceness=_NICENESS, parent=parent)
         _Item(connection, max_memory_bytes).serve()
@@ -130,10 +132,19 @@ def _run_copy(connection: socket.socket, max_memory_bytes: int, parent: int) -> 
     except ConnectionError:
         pass
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        traceback.print_exc(file=own_words)
+        own_words.flush()
     finally:
         os._exit(status)
+
+
+def _silence_libraries() -> TextIO:
+    """Turn standard error off, where codec libraries complain of every damaged byte; what is returned still leads there."""
+    own_words = os.fdopen(os.dup(2), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    return own_words
 
 
 class _Item:
@@ -190,6 +201,8 @@ class _Item:
             pictures = [SpanSource(whole, start, stop) for start, stop in message.spans]
             limits = {"max_pixels": message.max_pixels, "max_frames": message.max_frames, "param": message.param}
             return self._video(open_frames(pictures, message.timing, **limits))
+        if isinstance(message, messages.OpenTimeSeries):
+            return self._time_series(whole, message)
         assert isinstance(message, messages.OpenImage)
         return self._image(whole, message.max_pixels)
 
@@ -216,6 +229,16 @@ class _Item:
 
         self._read = read
         return probe_image(source, max_pixels)
+
+    def _time_series(self, source: MediaSource, opening: messages.OpenTimeSeries) -> TimeSeriesMetadata:
+        limits = {"max_values": opening.max_values, "max_channels": opening.max_channels}
+
+        def read(message: messages.ReadSamples, descriptor: int) -> tuple[int, ...]:
+            read_time_series(source, **limits, out=SharedTensor(descriptor, message.shape, "float32").array)
+            return ()
+
+        self._read = read
+        return probe_time_series(source, **limits, sampling_rate=opening.sampling_rate)
 
 
 def _peak_memory_bytes() -> int:

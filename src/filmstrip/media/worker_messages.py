@@ -166,17 +166,28 @@ def opened(metadata: VideoMetadata | ImageMetadata | TimeSeriesMetadata) -> From
     return VideoOpened(**fields)
 
 
-def metadata_of(message: FromWorker, max_pixels: int) -> VideoMetadata | ImageMetadata | TimeSeriesMetadata:
-    """What a header says, checked; raises ValueError for what no honest worker sends."""
-    if isinstance(message, ImageOpened):
-        _check(_is_size(message.height, message.width, max_pixels))
+def metadata_of(message: FromWorker, opening: ToWorker) -> VideoMetadata | ImageMetadata | TimeSeriesMetadata:
+    """What a header says, checked against what was asked; raises ValueError for what no honest worker sends."""
+    if isinstance(opening, OpenImage) and isinstance(message, ImageOpened):
+        _check(_is_size(message.height, message.width, opening.max_pixels))
         return ImageMetadata(message.height, message.width, message.format[:40])
-    if isinstance(message, TimeSeriesOpened):
-        rate = message.sampling_rate
-        _check(message.num_samples >= 1 and message.num_channels >= 1 and (rate is None or 0 < rate < math.inf))
-        return TimeSeriesMetadata(message.num_samples, message.num_channels, rate, message.format[:40])
-    _check(isinstance(message, VideoOpened))
+    if isinstance(opening, OpenTimeSeries) and isinstance(message, TimeSeriesOpened):
+        return _time_series(message, opening)
+    _check(isinstance(opening, OpenVideo | OpenFrames) and isinstance(message, VideoOpened))
+    assert isinstance(opening, OpenVideo | OpenFrames)
     assert isinstance(message, VideoOpened)
+    return _video(message, opening.max_pixels)
+
+
+def _time_series(message: TimeSeriesOpened, opening: OpenTimeSeries) -> TimeSeriesMetadata:
+    num_samples, num_channels, rate = message.num_samples, message.num_channels, message.sampling_rate
+    _check(num_samples >= 1 and 1 <= num_channels <= opening.max_channels)
+    _check(num_samples * num_channels <= opening.max_values)
+    _check(rate is None or 0 < rate < math.inf)
+    return TimeSeriesMetadata(num_samples, num_channels, rate, message.format[:40])
+
+
+def _video(message: VideoOpened, max_pixels: int) -> VideoMetadata:
     timestamps = np.frombuffer(message.timestamps, np.float64)
     _check(len(timestamps) == message.total_num_frames > 0 and bool(np.isfinite(timestamps).all()))
     _check(bool((np.diff(timestamps) >= 0).all()))

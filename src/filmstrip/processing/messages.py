@@ -1,19 +1,23 @@
 """OpenAI-style messages to template messages and media items; validates their form, fetches nothing.
 
-Accepted content parts: ``text``; ``image_url`` and ``video_url`` as a string or an object with ``url``; and, as Qwen's own
-tools write them, ``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}``, whose value may also be a PIL
-image or an array of frames (Python API). Sampling keys may stand in the part's object or beside it.
+Accepted content parts: ``text``; ``image_url``, ``video_url`` and ``time_series_url`` as a string or an object with ``url``;
+``video_frames``, a video as a list of pictures with their times; and, as Qwen's own tools write them,
+``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}``, whose value may also be a PIL image or an array
+of frames (Python API), and likewise ``time_series``. Settings may stand in the part's object or beside it.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from filmstrip.config import VIDEO_DECODERS
 from filmstrip.errors import InvalidRequestError
+from filmstrip.media.frames import TIMING_FIELDS, parse_frame_timing
 from filmstrip.media.sampling import parse_frame_sampling
+from filmstrip.media.time_series import check_sampling_rate
 from filmstrip.types import FrameSampling, FrameTiming, MediaItem, Modality, PixelLimits
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -24,20 +28,26 @@ _MEDIA_PARTS = {
     "video_url": Modality.VIDEO,
     "video": Modality.VIDEO,
     "input_video": Modality.VIDEO,
+    "video_frames": Modality.VIDEO,
+    "time_series_url": Modality.TIME_SERIES,
+    "time_series": Modality.TIME_SERIES,
 }
+_FRAMES_PART = "video_frames"
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
-_PART_TYPES = "text, image_url, video_url, image, video"
+_PART_TYPES = "text, image_url, video_url, video_frames, time_series_url, image, video, time_series"
 _PIXEL_KEYS = frozenset({"min_pixels", "max_pixels"})
-_TIMING_KEYS = frozenset({"frames_indices", "total_num_frames", "duration"})
+_DECODER_KEYS = ("backend", "video_backend")
+_OWN_VIDEO_KEYS = frozenset({*TIMING_FIELDS, *_DECODER_KEYS})
 _IGNORED_PART_KEYS = frozenset({"type", "url", "detail", "uuid", "cache_control", "format"})
 
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """Sampling, timing and pixel limits that apply to the media of a request unless an item says otherwise."""
+    """What applies to the media of a request unless an item says otherwise; ``video_decoder`` None is the server's own."""
 
     sampling: FrameSampling = FrameSampling()
     timing: FrameTiming = FrameTiming()
+    video_decoder: str | None = None
     image_pixels: PixelLimits = PixelLimits()
     video_pixels: PixelLimits = PixelLimits()
 
@@ -59,21 +69,22 @@ def parse_media_options(
 ) -> MediaOptions:
     """Options of one request: what it says, filled up from the server's ``defaults``.
 
-    ``media_io_kwargs`` is ``{"video": {"num_frames", "fps", ...}}``; ``mm_processor_kwargs`` is
+    ``media_io_kwargs`` is ``{"video": {"num_frames", "fps", ..., "backend"}}``; ``mm_processor_kwargs`` is
     ``{"image" | "video": {"min_pixels", "max_pixels"}}``. Raises InvalidRequestError for anything else.
     """
-    video = _section(media_io_kwargs, "media_io_kwargs", ("video", "image")).get("video", {})
-    image_io = _section(media_io_kwargs, "media_io_kwargs", ("video", "image")).get("image", {})
-    if image_io:
-        raise InvalidRequestError(
-            f"media_io_kwargs.image has no settings, but {', '.join(map(repr, image_io))} is given",
-            param="media_io_kwargs.image",
-        )
-    sampling, timing = _parse_video(video, "media_io_kwargs.video")
+    io = _section(media_io_kwargs, "media_io_kwargs", ("video", "image", "time_series"))
+    for name in ("image", "time_series"):
+        if io.get(name):
+            raise InvalidRequestError(
+                f"media_io_kwargs.{name} has no settings, but {', '.join(map(repr, io[name]))} is given",
+                param=f"media_io_kwargs.{name}",
+            )
+    video = _parse_video(io.get("video", {}), "media_io_kwargs.video")
     pixels = _section(mm_processor_kwargs, "mm_processor_kwargs", ("image", "video"))
     return MediaOptions(
-        sampling.or_else(defaults.sampling),
-        timing,
+        video.sampling.or_else(defaults.sampling),
+        video.timing,
+        video.decoder or defaults.video_decoder,
         _or_else(parse_pixel_limits(pixels.get("image", {}), "mm_processor_kwargs.image"), defaults.image_pixels),
         _or_else(parse_pixel_limits(pixels.get("video", {}), "mm_processor_kwargs.video"), defaults.video_pixels),
     )
@@ -99,8 +110,14 @@ def parse_pixel_limits(values: Mapping[str, Any], param: str) -> PixelLimits:
     return limits
 
 
-def parse_messages(messages: Sequence[Mapping[str, Any]], options: MediaOptions, *, max_items: int) -> Conversation:
-    """Check and convert a conversation.
+def parse_messages(
+    messages: Sequence[Mapping[str, Any]],
+    options: MediaOptions,
+    *,
+    max_items: int,
+    limits: Mapping[str, int] | None = None,
+) -> Conversation:
+    """Check and convert a conversation of at most ``max_items`` media items; ``limits`` has further ones by modality.
 
     Raises InvalidRequestError whose ``param`` names the offending field, e.g. ``messages[0].content[1].video_url``.
     """
@@ -113,6 +130,14 @@ def parse_messages(messages: Sequence[Mapping[str, Any]], options: MediaOptions,
             f"the request has {len(items)} media items; at most {max_items} are allowed (max_items_per_request)",
             param="messages",
         )
+    for modality, count in Counter(item.type.value for item in items).items():
+        limit = (limits or {}).get(modality, count)
+        if count > limit:
+            raise InvalidRequestError(
+                f"the request has {count} items of type {modality}; at most {limit} are allowed (limit_mm_per_prompt, "
+                "--limit-mm-per-prompt)",
+                param="messages",
+            )
     return Conversation(converted, items)
 
 
@@ -170,25 +195,76 @@ def _media_item(part: Mapping[str, Any], kind: str, modality: Modality, param: s
         raise InvalidRequestError(f"{param}.{kind} is missing", param=f"{param}.{kind}")
     value, where = part[field], f"{param}.{field}"
     settings = {key: inner for key, inner in part.items() if key not in _IGNORED_PART_KEYS and key != field}
+    content: dict[str, Any] = {}
     if isinstance(value, Mapping):
         settings |= {key: inner for key, inner in value.items() if key not in _IGNORED_PART_KEYS}
-        value, where = value.get("url"), f"{where}.url"
-    pixels = {key: settings.pop(key) for key in _PIXEL_KEYS & settings.keys()}
-    limits = _or_else(parse_pixel_limits(pixels, f"{param}.{field}"), options.pixels(modality))
-    sampling, timing = FrameSampling(), FrameTiming()
-    if modality is Modality.VIDEO:
-        sampling, timing = _parse_video(settings, f"{param}.{field}")
-        sampling, timing = sampling.or_else(options.sampling), _timing_or_else(timing, options.timing)
-    elif settings:
-        name = next(iter(settings))
-        raise InvalidRequestError(f"{param}.{field} has no setting {name!r}", param=f"{param}.{field}.{name}")
-    if isinstance(value, str):
+        key = "frames" if field == _FRAMES_PART else "url"
+        settings.pop(key, None)
+        value, where = value.get(key), f"{where}.{key}"
+    if field == _FRAMES_PART:
+        content["frame_urls"], timestamps = _frames(value, where)
+        if timestamps is not None:
+            settings["timestamps"] = timestamps
+    elif isinstance(value, str):
         if not value.strip():
             raise InvalidRequestError(f"{where} is empty", param=where)
-        return MediaItem(modality, url=value, sampling=sampling, timing=timing, pixels=limits, param=where)
-    if value is None or isinstance(value, bool | int | float | Mapping):
+        content["url"] = value
+    elif value is None or isinstance(value, bool | int | float | Mapping):
         raise InvalidRequestError(f"{where} must be a URL", param=where)
-    return MediaItem(modality, data=value, sampling=sampling, timing=timing, pixels=limits, param=where)
+    else:
+        content["data"] = value
+    return MediaItem(
+        modality, param=where, **content, **_item_settings(settings, modality, f"{param}.{field}", options)
+    )
+
+
+def _item_settings(settings: dict[str, Any], modality: Modality, param: str, options: MediaOptions) -> dict[str, Any]:
+    """Fields of an item that its ``settings`` and the ``options`` of its request say."""
+    if modality is Modality.TIME_SERIES:
+        _check_known(settings, {"sampling_rate"}, param)
+        check_sampling_rate(settings.get("sampling_rate"), f"{param}.sampling_rate")
+        return {"sampling_rate": settings.get("sampling_rate")}
+    pixels = {key: settings.pop(key) for key in _PIXEL_KEYS & settings.keys()}
+    limits = _or_else(parse_pixel_limits(pixels, param), options.pixels(modality))
+    if modality is Modality.IMAGE:
+        _check_known(settings, set(), param)
+        return {"pixels": limits}
+    video = _parse_video(settings, param)
+    return {
+        "pixels": limits,
+        "sampling": video.sampling.or_else(options.sampling),
+        "timing": _timing_or_else(video.timing, options.timing),
+        "video_decoder": video.decoder or options.video_decoder,
+    }
+
+
+def _check_known(settings: Mapping[str, Any], known: set[str], param: str) -> None:
+    unknown = next((name for name in settings if name not in known), None)
+    if unknown is not None:
+        raise InvalidRequestError(f"{param} has no setting {unknown!r:.80}", param=f"{param}.{unknown}")
+
+
+def _frames(frames: Any, param: str) -> tuple[tuple[str, ...], list[Any] | None]:
+    """URLs of a video's frames and, if they bring them, their times; a frame is ``{"url", "timestamp"}`` or a URL."""
+    if not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
+        raise InvalidRequestError(f'{param} must be a list of frames, {{"url", "timestamp"}} each', param=param)
+    urls: list[str] = []
+    timestamps: list[Any] = []
+    for index, frame in enumerate(frames):
+        where = f"{param}[{index}]"
+        frame = frame if isinstance(frame, Mapping) else {"url": frame}
+        _check_known(frame, {"url", "timestamp"}, where)
+        url, timestamp = frame.get("url"), frame.get("timestamp")
+        if not isinstance(url, str) or not url.strip():
+            raise InvalidRequestError(f"{where}.url must be a URL", param=f"{where}.url")
+        urls.append(url)
+        if timestamp is not None:
+            timestamps.append(timestamp)
+    if timestamps and len(timestamps) < len(urls):
+        raise InvalidRequestError(
+            f"{len(timestamps)} of {len(urls)} frames have a timestamp; all or none must", param=param
+        )
+    return tuple(urls), timestamps or None
 
 
 def _section(values: Any, param: str, allowed: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
@@ -206,34 +282,37 @@ def _section(values: Any, param: str, allowed: tuple[str, ...]) -> dict[str, Map
     return dict(values)
 
 
-def _parse_video(values: Mapping[str, Any], param: str) -> tuple[FrameSampling, FrameTiming]:
-    """Sampling keys, and the timing keys that only frames sampled by the client use."""
-    sampling = parse_frame_sampling({key: value for key, value in values.items() if key not in _TIMING_KEYS}, param)
-    indices = values.get("frames_indices")
-    if indices is not None:
-        whole = isinstance(indices, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-        if not whole:
-            raise InvalidRequestError(
-                f"{param}.frames_indices must be a list of integers", param=f"{param}.frames_indices"
-            )
-        indices = tuple(indices)
-    total = values.get("total_num_frames")
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
-        raise InvalidRequestError(
-            f"{param}.total_num_frames must be an integer >= 1, not {total!r:.80}", param=f"{param}.total_num_frames"
-        )
-    duration = values.get("duration")
-    if duration is not None and (
-        isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < math.inf
-    ):
-        raise InvalidRequestError(
-            f"{param}.duration must be a number of seconds > 0, not {duration!r:.80}", param=f"{param}.duration"
-        )
+@dataclass(frozen=True)
+class _Video:
+    sampling: FrameSampling
+    timing: FrameTiming
+    decoder: str | None
+
+
+def _parse_video(values: Mapping[str, Any], param: str) -> _Video:
+    """Sampling keys, the timing keys that only frames sampled by the client use, and the decoder."""
+    sampling = parse_frame_sampling({key: value for key, value in values.items() if key not in _OWN_VIDEO_KEYS}, param)
     fps = sampling.fps if sampling.fps is not None and sampling.fps > 0 else None
-    return sampling, FrameTiming(fps, indices, total, duration)
+    return _Video(sampling, parse_frame_timing(values, param, fps=fps), _parse_decoder(values, param))
+
+
+def _parse_decoder(values: Mapping[str, Any], param: str) -> str | None:
+    given = {key: values[key] for key in _DECODER_KEYS if values.get(key) is not None}
+    for key, name in given.items():
+        if name not in VIDEO_DECODERS:
+            raise InvalidRequestError(
+                f"{param}.{key} must be one of {', '.join(VIDEO_DECODERS)}", param=f"{param}.{key}"
+            )
+    if len(set(given.values())) > 1:
+        raise InvalidRequestError(
+            f"{param}.backend and video_backend name different decoders", param=f"{param}.backend"
+        )
+    return next(iter(given.values()), None)
 
 
 def _timing_or_else(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
+    if timing.timestamps is not None:  # these say it all
+        default = FrameTiming(duration=default.duration)
     mine, theirs = vars(timing), vars(default)
     return FrameTiming(**{name: theirs[name] if value is None else value for name, value in mine.items()})
 

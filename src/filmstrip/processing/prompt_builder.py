@@ -53,7 +53,7 @@ class PromptBuilder:
             int(config.media.media_cache_gb * 1024**3),
             config.media.max_video_duration_seconds,
         )
-        self._max_items = config.media.max_items_per_request
+        self._max_items, self._limits = config.media.max_items_per_request, config.media.limit_mm_per_prompt
         self._default_options = MediaOptions(
             config.media.video, image_pixels=config.processor.image, video_pixels=config.processor.video
         )
@@ -77,7 +77,7 @@ class PromptBuilder:
         Raises the InvalidRequestError family, ContextLengthError before anything is decoded.
         """
         options = parse_media_options(media_io_kwargs, mm_processor_kwargs, self._default_options)
-        conversation = parse_messages(messages, options, max_items=self._max_items)
+        conversation = parse_messages(messages, options, max_items=self._max_items, limits=self._limits)
         pieces = await asyncio.to_thread(
             self._template.render,
             conversation.messages,
