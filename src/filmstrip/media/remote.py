@@ -43,7 +43,7 @@ class RemoteSource:
         return io.BufferedReader(_RemoteReader(self), _BUFFER_BYTES)
 
     def open_skimming(self, ranges: Sequence[tuple[int, int]]) -> SkimmingReader:
-        """A reader that can be told to give zeros for bytes of ``ranges`` that are not here, instead of waiting."""
+        """A reader that can be told to give zeros for the bytes of ``ranges`` instead of waiting for them."""
         return SkimmingReader(self, ranges)
 
     def wait_for(self, start: int, stop: int) -> None:
@@ -121,17 +121,14 @@ class _RemoteReader(io.RawIOBase):
         room = stop - self._position
         if room <= 0:
             return 0
-        self._wait_for(self._position, stop)
+        self._source.wait_for(self._position, stop)
         count = os.preadv(self._source.fd, [memoryview(buffer)[:room]], self._position)
         self._position += count
         return count
 
-    def _wait_for(self, start: int, stop: int) -> None:
-        self._source.wait_for(start, stop)
-
 
 class SkimmingReader(_RemoteReader):
-    """While ``is_skimming``, holes inside ``ranges`` read as zeros and nothing is fetched for them.
+    """While ``is_skimming``, everything inside ``ranges`` reads as zeros and nothing is fetched for it.
 
     For going through a container whose tables say everything about its packets, so that their contents need not be there.
     Unbuffered: what was read as zeros must not be found in a buffer later.
@@ -140,12 +137,18 @@ class SkimmingReader(_RemoteReader):
     def __init__(self, source: RemoteSource, ranges: Sequence[tuple[int, int]]) -> None:
         super().__init__(source)
         self._ranges = ranges
+        self._zeros = b""
         self.is_skimming = False
 
-    def _wait_for(self, start: int, stop: int) -> None:
-        if self.is_skimming and any(first <= start and stop <= end for first, end in self._ranges):
-            return
-        super()._wait_for(start, stop)
+    def read(self, size: int = -1) -> bytes | None:
+        """Up to ``size`` bytes. Zeros are made once: most of a long file is read here, and not for what it holds."""
+        start, stop = self._position, min(self._position + size, self._source.num_bytes)
+        if self.is_skimming and size > 0 and any(first <= start < stop <= end for first, end in self._ranges):
+            self._position = stop
+            if len(self._zeros) != stop - start:
+                self._zeros = bytes(stop - start)
+            return self._zeros
+        return super().read(size)
 
 
 class PartialFile(Protocol):
