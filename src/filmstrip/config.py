@@ -157,5 +157,7 @@ class ServerConfig:
     """Host name that requests may be addressed to; any if none is given, only this machine's own if --host is local."""
     allowed_origins: tuple[str, ...] = ()
     """Web origin whose pages may call the server from a browser; none if not given."""
+    page: bool = True
+    """Serve the page at /, where people can try the model in a browser."""
     log_level: str = "info"
     """debug, info, warning or error."""

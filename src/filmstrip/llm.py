@@ -18,6 +18,7 @@ from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConf
 from filmstrip.engine.client import EngineClient
 from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options
+from filmstrip.processing.preview import Previewer, PromptPreview, Thumbnails
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.tasks import gather_or_cancel
 from filmstrip.processing.tokenizer import StopStrings, StreamingDecoder, Tokenizer
@@ -135,6 +136,25 @@ class AsyncLLM:
                 yield output
                 if output.finish_reason is not None:  # a stop string was found, of which the engine knows nothing
                     return
+
+    async def preview(self, messages: Messages, **options: Any) -> PromptPreview:
+        """What an answer would look at and what it would cost, from headers alone.
+
+        ``options`` are those of :meth:`Previewer.preview`, whose errors it raises.
+        """
+        return await Previewer(self._prompts).preview(messages, max_model_len=self.max_model_len, **options)
+
+    async def thumbnails(
+        self, messages: Messages, *, max_edge: int, max_thumbnails: int, **options: Any
+    ) -> list[Thumbnails]:
+        """Small pictures of the frames that :meth:`preview` names; see :meth:`Previewer.thumbnails`."""
+        return await Previewer(self._prompts).thumbnails(
+            messages,
+            max_model_len=self.max_model_len,
+            max_edge=max_edge,
+            max_thumbnails=max_thumbnails,
+            **options,
+        )
 
     def _check_stop_token_ids(self, params: SamplingParams) -> None:
         vocab_size = self._engine.info.vocab_size

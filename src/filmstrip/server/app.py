@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from filmstrip.config import ServerConfig
-from filmstrip.server import chat, system
+from filmstrip.server import chat, media, page, system
 from filmstrip.server.errors import REQUEST_ID_HEADER, install_error_handlers
+from filmstrip.server.media_protocol import MediaFramesRequest
 from filmstrip.server.middleware import ApiKeyCheck, HostCheck, RequestIds
 from filmstrip.server.protocol import ChatCompletionRequest
 from filmstrip.server.state import VERSION, ServerState
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from filmstrip.llm import AsyncLLM
 
 _SCHEMA_REFERENCE = "#/components/schemas/{model}"
+_HAND_READ_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/media/plan": ChatCompletionRequest,
+    "/v1/media/frames": MediaFramesRequest,
+}
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
@@ -29,7 +36,10 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     )
     app.state.server = ServerState(llm, config)
     app.include_router(chat.router)
+    app.include_router(media.router)
     app.include_router(system.router)
+    if config.page:
+        app.include_router(page.create_router())
     install_error_handlers(app)
     app.openapi = lambda: _openapi(app)
     return app
@@ -52,7 +62,7 @@ def _middleware(config: ServerConfig) -> list[Middleware]:
             )
         )
     if config.api_key is not None:
-        middleware.append(Middleware(ApiKeyCheck, api_key=config.api_key))
+        middleware.append(Middleware(ApiKeyCheck, api_key=config.api_key, open_paths=page.PATHS))
     return middleware
 
 
@@ -60,14 +70,16 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's description, with the bodies that are read by hand."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        body = ChatCompletionRequest.model_json_schema(ref_template=_SCHEMA_REFERENCE)
-        schemas = schema["components"]["schemas"]
-        schemas |= body.pop("$defs", {}) | {ChatCompletionRequest.__name__: body}
-        schema["paths"]["/v1/chat/completions"]["post"]["requestBody"] = {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": _SCHEMA_REFERENCE.format(model=ChatCompletionRequest.__name__)}}
-            },
-        }
+        for path, body in _HAND_READ_BODIES.items():
+            _add_body(schema, path, body)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _add_body(schema: dict[str, Any], path: str, model: type[BaseModel]) -> None:
+    body = model.model_json_schema(ref_template=_SCHEMA_REFERENCE)
+    schema["components"]["schemas"] |= body.pop("$defs", {}) | {model.__name__: body}
+    schema["paths"][path]["post"]["requestBody"] = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _SCHEMA_REFERENCE.format(model=model.__name__)}}},
+    }

@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,15 +73,19 @@ class HostCheck:
 
 
 class ApiKeyCheck:
-    """Lets only requests with ``Authorization: Bearer KEY`` pass; ``/health`` and ``/ping`` are open to all."""
+    """Lets only requests with ``Authorization: Bearer KEY`` pass.
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    ``/health``, ``/ping`` and ``open_paths`` are open to all.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str, open_paths: Collection[str] = ()) -> None:
         self._app = app
+        self._open_paths = _OPEN_PATHS | frozenset(open_paths)
         self._api_key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._is_right(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_right(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = HTTPRequestError(

@@ -1,0 +1,317 @@
+"""Messages to what would be looked at and what it would cost: planned from headers alone; and small pictures of it.
+
+Asks :mod:`filmstrip.processing.prompt_builder` and :mod:`filmstrip.processing.media_pipeline` what an answer would ask, so a
+preview says what an answer shows. Knows no HTTP and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from filmstrip.media.contact_sheet import frames_from, thumbnail_plan
+from filmstrip.media.loader import Metadata
+from filmstrip.media.modalities import evenly_spread
+from filmstrip.processing.base import PlannedMedia
+from filmstrip.processing.fitting import Fitting
+from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem
+from filmstrip.processing.messages import Conversation, parse_media_options, parse_messages
+from filmstrip.processing.placeholders import Piece, Placeholder
+from filmstrip.processing.prompt_builder import PromptBuilder, _fit_note, _is_fit, _num_tokens
+from filmstrip.processing.tasks import gather_or_cancel
+from filmstrip.types import FramePlan, MediaItem, Modality, VideoMetadata
+
+_CONSTANT_RATE_SECONDS = 1e-3
+"""Frames of a constant rate stand this near to ``index / fps``, whatever unit the container counts time in."""
+
+
+@dataclass(frozen=True)
+class ItemPreview:
+    """One media item: what its header says, and what of it would be shown to the model.
+
+    ``timestamps`` are seconds, one for each frame of ``plan``; none for a picture. ``num_tokens`` are the placeholders of
+    its pixels, without the words around them. ``is_cached``: its pixels are ready, nothing would be decoded.
+    """
+
+    item: MediaItem
+    modality: Modality
+    metadata: Metadata
+    plan: FramePlan
+    timestamps: tuple[float, ...]
+    num_tokens: int
+    num_bytes: int
+    is_cached: bool
+    notes: tuple[str, ...]
+
+    @property
+    def frame_indices(self) -> tuple[int, ...]:
+        """Frames of a video that would be shown; empty for a picture."""
+        return self.plan.frame_indices if self.modality is Modality.VIDEO else ()
+
+    def description(self) -> dict[str, Any]:
+        """All of it as JSON takes it; what does not apply to this kind of media is left out of ``facts``."""
+        return {
+            "type": self.modality.value,
+            "facts": {"num_bytes": self.num_bytes, **_facts(self.metadata)},
+            "num_frames": len(self.plan.frame_indices),
+            "frame_indices": list(self.frame_indices),
+            "timestamps": list(self.timestamps),
+            "width": self.plan.width,
+            "height": self.plan.height,
+            "num_tokens": self.num_tokens,
+            "cached": self.is_cached,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class FittedItem:
+    """What ``media_overflow`` "fit" would show of an item instead."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptPreview:
+    """What a conversation would cost.
+
+    ``num_prompt_tokens`` counts everything: words, media, the template's own. It ``fits`` if at least one token is left for
+    an answer. If it does not, ``advice`` says what to change, and ``fitted`` what the server would show if it may choose
+    (None: nothing would help).
+    """
+
+    items: tuple[ItemPreview, ...]
+    num_prompt_tokens: int
+    num_media_tokens: int
+    max_model_len: int
+    fits: bool
+    advice: str | None = None
+    fitted: tuple[FittedItem, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Small pictures of frames that a plan has: all of them, or ``num_planned`` evenly thinned out.
+
+    ``frames`` is uint8 (num_frames, height, width, 3); ``frame_indices`` and ``timestamps`` (seconds) are of the frames
+    really delivered, both empty for a picture.
+    """
+
+    modality: Modality
+    frames: np.ndarray
+    frame_indices: tuple[int, ...]
+    timestamps: tuple[float, ...]
+    num_planned: int
+
+
+def is_variable_rate(metadata: VideoMetadata) -> bool:
+    """Whether the clip's frames stand elsewhere than at ``index / fps``."""
+    expected = np.arange(metadata.total_num_frames) / metadata.fps
+    return bool(np.abs(metadata.timestamps - expected).max() > _CONSTANT_RATE_SECONDS)
+
+
+def _facts(metadata: Metadata) -> dict[str, Any]:
+    """What a header says, as JSON takes it: without the times of all frames."""
+    facts = {name: value for name, value in vars(metadata).items() if name != "timestamps"}
+    if isinstance(metadata, VideoMetadata):
+        facts["variable_frame_rate"] = is_variable_rate(metadata)
+    return facts
+
+
+def count_prompt_tokens(pieces: Sequence[Piece], num_text_tokens: Callable[[str], int]) -> int:
+    """Tokens of a prompt that is not laid out: it may be far longer than any context. Neighbouring texts count as one."""
+    num_tokens, text = 0, ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        num_tokens += num_text_tokens(text) + (piece.length if isinstance(piece, Placeholder) else 1)
+        text = ""
+    return num_tokens + num_text_tokens(text)
+
+
+def preview_item(planned: PlannedItem) -> ItemPreview:
+    """What is known of an item once it is planned."""
+    media = planned.media
+    return ItemPreview(
+        planned.item,
+        media.modality,
+        planned.metadata,
+        media.plan,
+        media.timestamps,
+        _num_tokens(media),
+        planned.fetched.num_bytes,
+        planned.processed is not None,
+        planned.notes,
+    )
+
+
+async def read_thumbnails(
+    pipeline: MediaPipeline, planned: PlannedItem, *, max_edge: int, max_frames: int
+) -> Thumbnails:
+    """Decode the planned frames small, at most ``max_frames`` of them; raises as :meth:`MediaLoader.read`.
+
+    They are never larger than what the model sees, so nothing shows here that the model could not see.
+    """
+    plan = planned.media.plan
+    wanted = evenly_spread(plan.frame_indices, max_frames)
+    small = thumbnail_plan(wanted, plan.height, plan.width, max_edge)
+    loader = pipeline._loader
+    opened = planned.opened or await loader.open(planned.fetched)  # what is cached has no open file
+    try:
+        patches, delivered = await loader.read(opened, small)
+    finally:
+        opened.close()
+    timestamps: tuple[float, ...] = ()
+    if isinstance(planned.metadata, VideoMetadata):
+        timestamps = tuple(planned.metadata.timestamps[list(delivered)].tolist())
+    return Thumbnails(
+        planned.media.modality,
+        frames_from(patches, small),
+        delivered if timestamps else (),
+        timestamps,
+        len(plan.frame_indices),
+    )
+
+
+class Previewer:
+    """Plans requests as a :class:`PromptBuilder` would, and stops there. Runs on the builder's event loop."""
+
+    def __init__(self, prompts: PromptBuilder) -> None:
+        self._prompts = prompts
+
+    async def preview(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_model_len: int,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        media_overflow: str | None = None,
+    ) -> PromptPreview:
+        """What an answer to ``messages`` would look at, and whether that fits ``max_model_len`` tokens.
+
+        Fetches the media and reads their headers; decodes nothing. Raises the InvalidRequestError family for what an answer
+        would be refused for, except for a prompt that is too long.
+        """
+        conversation = self._parse(messages, media_io_kwargs, mm_processor_kwargs)
+        pieces = await asyncio.to_thread(
+            self._prompts._template.render,
+            conversation.messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=chat_template_kwargs,
+        )
+        async with self._planned(conversation, pieces, max_model_len, media_overflow) as planned:
+            return await asyncio.to_thread(self._preview, pieces, planned, max_model_len)
+
+    async def thumbnails(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_model_len: int,
+        max_edge: int,
+        max_thumbnails: int,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        media_overflow: str | None = None,
+    ) -> list[Thumbnails]:
+        """Small pictures of the frames that :meth:`preview` names, item by item; all items are decoded at the same time.
+
+        ``max_thumbnails`` are shared out evenly, at least one for each item. Raises as :meth:`preview`, and the MediaError
+        family for what cannot be decoded.
+        """
+        conversation = self._parse(messages, media_io_kwargs, mm_processor_kwargs)
+        pieces: list[str | int] = []
+        if _is_fit(media_overflow):  # only then the words have a say in which frames are shown
+            pieces = await asyncio.to_thread(
+                self._prompts._template.render,
+                conversation.messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=chat_template_kwargs,
+            )
+        share = max(1, max_thumbnails // max(len(conversation.items), 1))
+        async with self._planned(conversation, pieces, max_model_len, media_overflow) as planned:
+            reads = [
+                read_thumbnails(self._prompts.pipeline, item, max_edge=max_edge, max_frames=share) for item in planned
+            ]
+            return await gather_or_cancel(reads)
+
+    def _parse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        media_io_kwargs: Mapping[str, Any] | None,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+    ) -> Conversation:
+        prompts = self._prompts
+        options = parse_media_options(media_io_kwargs, mm_processor_kwargs, prompts._default_options)
+        return parse_messages(messages, options, max_items=prompts._max_items, limits=prompts._limits)
+
+    @contextlib.asynccontextmanager
+    async def _planned(
+        self, conversation: Conversation, pieces: list[str | int], max_model_len: int, media_overflow: str | None
+    ) -> AsyncIterator[list[PlannedItem]]:
+        """The items planned as they would be shown; closed at the end."""
+        fit, pipeline = _is_fit(media_overflow), self._prompts.pipeline
+        planned = await gather_or_cancel(
+            [pipeline.plan(item, fit=fit) for item in conversation.items], discard=PlannedItem.close
+        )
+        try:
+            if fit and planned:
+                less = await asyncio.to_thread(self._prompts._fitting_items, pieces, planned, max_model_len)
+                for place, item in enumerate(less):
+                    note = _fit_note(planned[place], max_model_len)
+                    planned[place] = pipeline.replan(planned[place], item, note)
+            yield planned
+        finally:
+            for item in planned:
+                item.close()
+
+    def _preview(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> PromptPreview:
+        media = [item.media for item in planned]
+        num_tokens = self._num_tokens(pieces, media)
+        fits = num_tokens < max_model_len
+        advice, fitted = None, None
+        if not fits and planned:
+            fitting = Fitting(
+                planned,
+                lambda item, before: self._prompts.pipeline.plan_media(item, before.metadata),
+                lambda less: self._num_tokens(pieces, less) < max_model_len,
+            )
+            advice = fitting.advice()
+            fitted = self._fitted(fitting.fit(), planned)
+        items = tuple(preview_item(item) for item in planned)
+        num_media_tokens = sum(item.num_tokens for item in items)
+        return PromptPreview(items, num_tokens, num_media_tokens, max_model_len, fits, advice, fitted)
+
+    def _fitted(self, items: list[MediaItem] | None, planned: list[PlannedItem]) -> tuple[FittedItem, ...] | None:
+        if items is None:
+            return None
+        media = [
+            self._prompts.pipeline.plan_media(item, before.metadata)
+            for item, before in zip(items, planned, strict=True)
+        ]
+        return tuple(
+            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, _num_tokens(each))
+            for each in media
+        )
+
+    def _num_tokens(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> int:
+        prompts = self._prompts
+        expanded = prompts._processor.expand(pieces, media)
+        return count_prompt_tokens(expanded, lambda text: len(prompts.tokenizer.encode_text(text)))

@@ -1,0 +1,117 @@
+// The conversation as it is shown: questions, answers that grow, where the time went, what came from the cache.
+
+import { announce, byId, count, counted, element, fromTemplate, seconds } from "./dom.js";
+
+const names = { prompt: "Fetch, decode", prefill: "Encode, prefill", answer: "Answer" };
+const spoken = {
+  prompt: "Sent. The server fetches and decodes.",
+  prefill: "The prompt is ready. The model reads it.",
+  answer: "The answer begins.",
+};
+const timeNote =
+  "Measured in this browser. The server does not say where fetching ends and decoding begins, nor encoding and prefilling.";
+
+/** Show a question with the names of the media that came with it. */
+export function showQuestion(text, media) {
+  const turn = newTurn("user", "You");
+  turn.querySelector(".text").textContent = text;
+  turn.querySelector(".notes").textContent = media.map((item) => item.name).join(", ");
+}
+
+function newTurn(role, who) {
+  const turn = fromTemplate("turn-template");
+  turn.classList.add(role);
+  turn.querySelector(".who").textContent = who;
+  byId("log").append(turn);
+  return turn;
+}
+
+/** An answer from the moment the question is sent. */
+export class AnswerView {
+  constructor(modelName) {
+    this.root = newTurn("assistant", modelName);
+    this.root.setAttribute("aria-busy", "true"); // read out once it is whole
+    this.text = "";
+    this.times = [];
+    this.find(".phases").title = timeNote;
+    this.enter("prompt");
+    this.timer = setInterval(() => this.tick(), 100);
+    this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  find(selector) {
+    return this.root.querySelector(selector);
+  }
+
+  /** The next phase begins: "prompt", "prefill" or "answer". */
+  enter(phase) {
+    this.leave();
+    const label = element("li", { class: "now" });
+    this.find(".phases").append(label);
+    this.times.push({ phase, started: performance.now(), label });
+    this.tick();
+    announce(spoken[phase]);
+  }
+
+  leave() {
+    const last = this.times.at(-1);
+    if (!last || last.took !== undefined) return;
+    last.took = performance.now() - last.started;
+    last.label.classList.remove("now");
+    last.label.textContent = `${names[last.phase]} ${seconds(last.took / 1000)}`;
+  }
+
+  tick() {
+    const last = this.times.at(-1);
+    if (last.took === undefined) {
+      last.label.textContent = `${names[last.phase]} ${((performance.now() - last.started) / 1000).toFixed(1)} s`;
+    }
+  }
+
+  add(delta) {
+    if (this.times.at(-1).phase !== "answer") this.enter("answer");
+    this.text += delta;
+    this.find(".text").textContent = this.text;
+    this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  /** The last words: how it ended, token counts (null if it was stopped), what was looked at. */
+  end(finishReason, usage, media) {
+    this.close();
+    const notes = this.find(".notes");
+    if (usage) notes.append(...this.countNotes(usage));
+    for (const item of media ?? []) notes.append(element("span", {}, mediaNote(item)));
+    if (finishReason === "length") notes.append(element("span", {}, "Cut at the longest answer that was allowed."));
+    if (finishReason === "stopped") notes.append(element("span", {}, "Stopped."));
+    announce("The answer is complete.");
+  }
+
+  fail(message) {
+    this.close();
+    this.find(".notes").append(element("span", { class: "error", role: "alert" }, message));
+  }
+
+  close() {
+    clearInterval(this.timer);
+    this.leave();
+    this.root.setAttribute("aria-busy", "false");
+  }
+
+  countNotes(usage) {
+    const cached = usage.prompt_tokens_details.cached_tokens;
+    const answer = this.times.find(({ phase }) => phase === "answer");
+    const rate = answer && usage.completion_tokens > 1 ? (1000 * (usage.completion_tokens - 1)) / answer.took : 0;
+    const speed = rate ? `, ${rate.toFixed(1)} tokens per second` : "";
+    const prompt = `${counted(usage.prompt_tokens, "prompt token")}, ${count(usage.prompt_tokens - cached)} computed`;
+    const made = [element("span", {}, `${prompt}; ${counted(usage.completion_tokens, "answer token")}${speed}`)];
+    if (cached) made.unshift(element("span", { class: "cached" }, `${counted(cached, "prompt token")} from the cache`));
+    return made;
+  }
+}
+
+function mediaNote(item) {
+  const how = item.cached ? "nothing was decoded" : "decoded for this answer";
+  const frames = item.type === "video" ? `${counted(item.num_frames, "frame")}, ` : "";
+  const notes = item.notes.map((note) => `; ${note}`).join("");
+  return `Saw ${frames}${item.width} × ${item.height} pixels, ${counted(item.num_tokens, "token")} (${how})${notes}`;
+}
