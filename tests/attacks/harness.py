@@ -102,7 +102,11 @@ def data_url(data: bytes, media_type: str) -> str:
 class AttackedServer:
     """The whole server on a free port, whose fetcher sees a hostile internet; on an event loop in its own thread."""
 
-    def __init__(self, model: str, media_path: Path | None, clip: bytes, folder: Path, **media: Any) -> None:
+    def __init__(
+        self, model: str, media_path: Path | None, clip: bytes, folder: Path, *, faults: str | None = None, **media: Any
+    ) -> None:
+        """``faults`` is a module that makes workers misbehave; ``media`` are settings of MediaConfig."""
+        self._faults = faults
         self.internet = Internet(clip, folder)
         self._clip_url = data_url(clip, "video/mp4")
         limits = {"fetch_timeout_seconds": FETCH_SECONDS, "max_media_bytes": MAX_MEDIA_BYTES}
@@ -110,7 +114,7 @@ class AttackedServer:
         settings = {"allow_local_files": False, "num_decode_threads": 2}
         settings |= {} if media_path is None else {"allowed_local_media_path": str(media_path)}
         engine = EngineConfig(model, kv_cache_gb=0.05, encoder_cache_gb=0.01, max_model_len=4096, num_threads=2)
-        llm = LLMConfig(engine, MediaConfig(**settings, **limits, **media))
+        llm = LLMConfig(engine, MediaConfig(**(settings | limits | media)))
         self._config = ServerConfig(llm, port=0, served_model_name=NAME)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -137,8 +141,9 @@ class AttackedServer:
 
     async def _run(self) -> None:
         async with self.internet:
-            with self._hostile_fetcher():
+            with self._hostile_fetcher(), self._faulty_workers():
                 llm = await AsyncLLM.start(self._config.llm)
+                self.stats = llm.stats
                 self._series_loader = MediaLoader(self._config.llm.media)
             listener = bind(self._config)
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -160,6 +165,21 @@ class AttackedServer:
 
         with mock.patch.object(Fetcher, "__init__", hostile):
             yield
+
+    @contextlib.contextmanager
+    def _faulty_workers(self):
+        """Whoever makes a loader meanwhile gets one whose workers import the module with the faults."""
+        usual = MediaLoader.__init__
+
+        def faulty(loader: MediaLoader, config: MediaConfig) -> None:
+            usual(loader, config, faults=self._faults)
+
+        with mock.patch.object(MediaLoader, "__init__", faulty):
+            yield
+
+    def worker_stats(self) -> dict[str, int]:
+        """Counters of the decoder processes."""
+        return asyncio.run_coroutine_threadsafe(self.stats(), self._loop).result(ANSWER_SECONDS)["media_workers"]
 
     def post(self, messages: list[dict[str, Any]], **body: Any) -> httpx2.Response:
         """One request; an answer that takes too long is an exception.
