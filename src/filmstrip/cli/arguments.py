@@ -22,7 +22,7 @@ from filmstrip.config import (
 )
 from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options
-from filmstrip.types import FrameSampling, FrameTiming, Modality, SamplingParams
+from filmstrip.types import FrameSampling, FrameTiming, MediaItem, Modality, SamplingParams
 
 API_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 
@@ -35,6 +35,7 @@ _CHOICES = {
 }
 _ALIASES = {"max_video_duration_seconds": "--max-video-duration"}
 """Shorter names of flags."""
+_TIME_ALIASES = {"start_seconds": "--start", "end_seconds": "--end"}
 _ANSWER_FLAGS = frozenset({"seed"})
 """Flags of ``chat`` that are about its answers and not, as in ``serve``, about the engine."""
 _REQUEST_NAMES = {"start_seconds": "start", "end_seconds": "end"}
@@ -138,6 +139,26 @@ def chat_media(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return parts
 
 
+def inspect_config(arguments: argparse.Namespace) -> LLMConfig:
+    """Settings of ``filmstrip inspect``; its ``engine.model`` is empty if no model was named."""
+    pixels = arguments.mm_processor_kwargs or MediaOptions()
+    return LLMConfig(
+        EngineConfig(arguments.model or "", **given_flags(arguments, EngineConfig, skip={"model"})),
+        read_flags(arguments, MediaConfig, allow_local_files=True, allowed_local_media_path=None),
+        read_flags(arguments, ProcessorConfig, image=pixels.image_pixels, video=pixels.video_pixels),
+    )
+
+
+def inspect_item(arguments: argparse.Namespace) -> MediaItem:
+    """The item to inspect, as it would stand in a request. Raises UsageError for a file that is not there."""
+    modality, url = Modality.IMAGE if arguments.image else Modality.VIDEO, arguments.source
+    if "://" not in url and not url.startswith("data:") and not os.path.isfile(url):
+        raise UsageError(f"there is no file {url}")
+    options = parse_media_options(chat_media_io_kwargs(arguments), None, MediaOptions())
+    pixels = (arguments.mm_processor_kwargs or MediaOptions()).pixels(modality)
+    return MediaItem(modality, url=url, sampling=options.sampling, pixels=pixels)
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve a model over an OpenAI-compatible HTTP API."
     _add_model(parser)
@@ -171,6 +192,33 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_llm_flags(parser, skip_engine=_ANSWER_FLAGS, skip_media=closed_only)
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show what a model would see of a video: frames, their times, sizes, tokens. No weights are loaded. Without "
+        "--model, the settings are those that Qwen3-VL was published with."
+    )
+    parser.add_argument(
+        "source", metavar="FILE_OR_URL", help="A path, file://, http://, https:// or data: URL, as video_url takes it"
+    )
+    parser.add_argument("--image", action="store_true", help="It is a picture, as image_url takes it")
+    parser.add_argument("--model", metavar="MODEL", help="Directory of a checkpoint, or its id on the Hugging Face hub")
+    engine_flags = {"revision", "max_model_len"}
+    others = {field.name for field in dataclasses.fields(EngineConfig)} - engine_flags
+    add_flags(parser, EngineConfig, skip=others, bounds=_BOUNDS)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="Print JSON")
+    output.add_argument("--sheet", metavar="FILE.png", help="Write a contact sheet: all frames with their times")
+    output.add_argument(
+        "--html", metavar="FILE.html", help="Write a page with facts and frames that needs no other file"
+    )
+    add_flags(parser.add_argument_group("frames"), FrameSampling, aliases=_TIME_ALIASES)
+    media = parser.add_argument_group("media")
+    unused = {"video", "limit_mm_per_prompt", "max_items_per_request", "allow_local_files", "allowed_local_media_path"}
+    unused |= {"media_cache_gb", "download_cache_gb", "allowed_video_decoders"}
+    add_flags(media, MediaConfig, skip=unused, choices=_CHOICES, bounds=_BOUNDS, aliases=_ALIASES)
+    _add_processor_flags(parser)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Directory of a checkpoint, or its id on the Hugging Face hub")
 
@@ -196,6 +244,10 @@ def _add_llm_flags(
         metavar="JSON",
         help='Frames to look at unless a request says more, e.g. \'{"video": {"fps": 1, "num_frames": 64}}\'',
     )
+    _add_processor_flags(parser)
+
+
+def _add_processor_flags(parser: argparse.ArgumentParser) -> None:
     processor = parser.add_argument_group("processor")
     add_flags(processor, ProcessorConfig, skip={"image", "video"}, choices=_CHOICES)
     processor.add_argument(
@@ -287,5 +339,6 @@ def _json_object(text: str) -> dict[str, Any]:
 _COMMANDS = {
     "serve": ("serve a model over HTTP", "%(prog)s MODEL [options]", _add_serve),
     "chat": ("ask a model in the terminal", '%(prog)s MODEL [options] ["question"]', _add_chat),
+    "inspect": ("show what a model would see of a video", "%(prog)s FILE_OR_URL [options]", _add_inspect),
 }
 """Help, usage and what adds the flags, by command."""

@@ -29,7 +29,7 @@ class UsageError(Exception):
 
 
 def add_flags(
-    parser: argparse._ArgumentGroup,
+    parser: argparse._ActionsContainer,
     kind: type,
     *,
     skip: Collection[str] = (),

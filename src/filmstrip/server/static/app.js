@@ -1,7 +1,7 @@
 // The page: media and questions in, plans, pictures and answers on the screen.
 
 import { ApiError, getModel, hasApiKey, planMedia, setApiKey, showFrames, streamChat } from "./api.js";
-import { AnswerView, showQuestion } from "./chat.js";
+import { AnswerView, clearConversation, showQuestion } from "./chat.js";
 import { announce, byId, count, percent, showText } from "./dom.js";
 import { Card, fromAddress, fromFile } from "./media.js";
 import { buildBody, curlCommand, pythonProgram, serialize } from "./request.js";
@@ -55,6 +55,7 @@ async function plan() {
     const answer = await planMedia(serialize(body, media), planning.signal);
     const isNew = media.map(({ item }, place) => cardOf(item).showPlan(answer.media[place]));
     showCost(answer);
+    showText(byId("server-error"), "");
     if (isNew.includes(true)) {
       const max_thumbnails = Math.min(maxThumbnails, 64 * media.length);
       const shown = await showFrames(serialize({ ...body, max_thumbnails }, media), planning.signal);
@@ -63,7 +64,7 @@ async function plan() {
     setBusy(false);
     announce(`${byId("cost-label").textContent}: ${byId("cost-text").textContent}`);
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (planning.signal.aborted) return; // by a change, which brings a plan of its own
     setBusy(false);
     showPlanError(error, media);
   }
@@ -74,7 +75,7 @@ const cardOf = (item) => state.cards.find((card) => card.item === item);
 function showPlanError(error, media) {
   const atFault = media.find(({ place }) => error.param?.startsWith(place)) ?? (media.length === 1 ? media[0] : null);
   if (error.status === 401 || !atFault) showServerError(error);
-  else cardOf(atFault.item).showError(error.message);
+  for (const card of state.cards) card.showError(card.item === atFault?.item ? error.message : "");
 }
 
 function showCost(plan) {
@@ -113,6 +114,7 @@ function remove(item) {
 }
 
 async function addFiles(files) {
+  showText(byId("server-error"), "");
   for (const file of files) {
     try {
       add(await fromFile(file));
@@ -162,14 +164,15 @@ async function ask(event) {
   showQuestion(question, state.pending);
   byId("question").value = "";
   const view = new AnswerView(state.model.id);
-  setRunning(new AbortController());
+  const asking = new AbortController();
+  setRunning(asking);
   try {
     const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
-    await receive(view, serialize(streamed, media), state.running.signal);
+    await receive(view, serialize(streamed, media), asking.signal);
     state.turns.push(asked, { role: "assistant", text: view.text });
     state.pending = [];
   } catch (error) {
-    if (error.name === "AbortError") {
+    if (asking.signal.aborted) {
       view.end("stopped", null, null);
       if (view.text) {
         state.turns.push(asked, { role: "assistant", text: view.text });
@@ -209,7 +212,7 @@ function setRunning(controller) {
 function restart() {
   state.turns = [];
   state.pending = state.cards.map((card) => card.item);
-  byId("log").replaceChildren();
+  clearConversation();
   byId("restart").hidden = true;
   byId("empty").hidden = false;
   byId("question").focus();
@@ -222,7 +225,7 @@ function restart() {
 function showSnippet() {
   if (!state.model || !byId("code").open) return;
   const { body, media } = request(byId("question").value.trim() || "What happens, and when?");
-  const isCurl = byId("tab-curl").ariaSelected === "true";
+  const isCurl = byId("tab-curl").getAttribute("aria-selected") === "true";
   const server = new URL(".", document.baseURI).href;
   byId("snippet").textContent = (isCurl ? curlCommand : pythonProgram)(body, media, server, hasApiKey());
 }

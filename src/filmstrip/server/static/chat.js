@@ -11,6 +11,12 @@ const spoken = {
 const timeNote =
   "Measured in this browser. The server does not say where fetching ends and decoding begins, nor encoding and prefilling.";
 
+/** An empty conversation. */
+export function clearConversation() {
+  byId("log").replaceChildren();
+  byId("log").hidden = true;
+}
+
 /** Show a question with the names of the media that came with it. */
 export function showQuestion(text, media) {
   const turn = newTurn("user", "You");
@@ -22,7 +28,10 @@ function newTurn(role, who) {
   const turn = fromTemplate("turn-template");
   turn.classList.add(role);
   turn.querySelector(".who").textContent = who;
-  byId("log").append(turn);
+  const log = byId("log");
+  log.hidden = false;
+  log.append(turn);
+  log.scrollTop = log.scrollHeight;
   return turn;
 }
 
@@ -33,10 +42,9 @@ export class AnswerView {
     this.root.setAttribute("aria-busy", "true"); // read out once it is whole
     this.text = "";
     this.times = [];
-    this.find(".phases").title = timeNote;
+    this.find(".phases").append(element("li", { class: "note", title: timeNote }, "as seen from this browser"));
     this.enter("prompt");
     this.timer = setInterval(() => this.tick(), 100);
-    this.root.scrollIntoView({ block: "nearest" });
   }
 
   find(selector) {
@@ -47,7 +55,7 @@ export class AnswerView {
   enter(phase) {
     this.leave();
     const label = element("li", { class: "now" });
-    this.find(".phases").append(label);
+    this.find(".note").before(label);
     this.times.push({ phase, started: performance.now(), label });
     this.tick();
     announce(spoken[phase]);
@@ -71,8 +79,10 @@ export class AnswerView {
   add(delta) {
     if (this.times.at(-1).phase !== "answer") this.enter("answer");
     this.text += delta;
+    const log = byId("log");
+    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // who scrolled up is reading something
     this.find(".text").textContent = this.text;
-    this.root.scrollIntoView({ block: "nearest" });
+    if (isAtEnd) log.scrollTop = log.scrollHeight;
   }
 
   /** The last words: how it ended, token counts (null if it was stopped), what was looked at. */
@@ -84,6 +94,7 @@ export class AnswerView {
     if (finishReason === "length") notes.append(element("span", {}, "Cut at the longest answer that was allowed."));
     if (finishReason === "stopped") notes.append(element("span", {}, "Stopped."));
     announce("The answer is complete.");
+    byId("log").scrollTop = byId("log").scrollHeight;
   }
 
   fail(message) {
@@ -101,10 +112,10 @@ export class AnswerView {
     const cached = usage.prompt_tokens_details.cached_tokens;
     const answer = this.times.find(({ phase }) => phase === "answer");
     const rate = answer && usage.completion_tokens > 1 ? (1000 * (usage.completion_tokens - 1)) / answer.took : 0;
-    const speed = rate ? `, ${rate.toFixed(1)} tokens per second` : "";
-    const prompt = `${counted(usage.prompt_tokens, "prompt token")}, ${count(usage.prompt_tokens - cached)} computed`;
-    const made = [element("span", {}, `${prompt}; ${counted(usage.completion_tokens, "answer token")}${speed}`)];
-    if (cached) made.unshift(element("span", { class: "cached" }, `${counted(cached, "prompt token")} from the cache`));
+    const speed = rate ? `, ${rate.toFixed(1)} per second` : "";
+    const total = counted(usage.prompt_tokens, "prompt token");
+    const made = [element("span", {}, `${total}; ${counted(usage.completion_tokens, "answer token")}${speed}`)];
+    if (cached) made.unshift(element("span", { class: "cached" }, `${count(cached)} of ${total} from the cache`));
     return made;
   }
 }
