@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import torch
 from ingest import MAX_PIXELS, MIN_PIXELS, Clip, machine, make_clip
 
 from filmstrip.config import MediaConfig
@@ -232,6 +234,7 @@ def main() -> None:
         ),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(len(os.sched_getaffinity(0))),
+        "versions": {"torch": torch.__version__, "av": av.__version__},
         "clip": path.name,
         "clip_bytes": path.stat().st_size,
         "clip_seconds": clip.seconds * clip.repeats,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from filmstrip import LLM, AsyncLLM, SamplingParams, encode_video_base64, load_video
+from filmstrip import LLM, AsyncLLM, SamplingParams, encode_image_base64, encode_video_base64, load_video
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
 from filmstrip.errors import (
     ContextLengthError,
@@ -84,6 +84,32 @@ def test_second_question_decodes_nothing_encodes_nothing_and_prefills_only_its_t
     num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     block = before["block_size"]
     assert second.usage.cached_tokens == num_shared // block * block > first.media[0].num_tokens - block
+
+
+def test_frames_that_the_client_chose_are_shown_at_the_times_it_says(llm, photo):
+    picture = "data:image/png;base64," + encode_image_base64(photo)
+    frames = [{"url": picture, "timestamp": time} for time in (0.5, 1.25, 7.0, 9.5)]
+    out = llm.chat(ask({"type": "video_frames", "video_frames": {"frames": frames}}, "When?"), GREEDY)
+    (record,) = out.media
+    assert (record.num_frames, record.timestamps) == (4, [0.5, 1.25, 7.0, 9.5])
+    assert not any("assumed" in note for note in record.notes)
+    as_list = f"data:video/png;base64,{','.join([encode_image_base64(photo)] * 4)}"
+    again = llm.chat(ask(video(as_list, timestamps=[0.5, 1.25, 7.0, 9.5]), "When?"), GREEDY)
+    assert (again.prompt_token_ids, again.token_ids) == (out.prompt_token_ids, out.token_ids)
+    other_times = llm.chat(ask(video(as_list, fps=1), "When?"), GREEDY)
+    assert other_times.media[0].timestamps == [0.0, 1.0, 2.0, 3.0]
+    assert other_times.prompt_token_ids != out.prompt_token_ids
+
+
+def test_a_request_chooses_among_the_decoders_that_are_allowed(qwen3_vl_dir, clip):
+    with LLM(qwen3_vl_dir, **SMALL, allowed_video_decoders=("opencv",)) as llm:
+        question = ask(video(clip, num_frames=4), "x")
+        plain = llm.chat(question, GREEDY)
+        other = llm.chat(question, GREEDY, media_io_kwargs={"video": {"backend": "opencv"}})
+        assert not other.media[0].cached  # another library's pixels are other pixels
+        assert other.media[0].frame_indices == plain.media[0].frame_indices
+        with pytest.raises(InvalidRequestError, match=r"'decord' is not open .*--allowed-video-decoders"):
+            llm.chat(question, GREEDY, media_io_kwargs={"video": {"backend": "decord"}})
 
 
 def test_a_batch_gives_what_each_alone_gives(llm, clip, photo):
