@@ -23,7 +23,7 @@ def test_the_architecture_names_files_that_exist():
 def test_flags_in_documents_exist(document):
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
     known: set[str] = set()
-    for command in (["serve"], ["chat"]):
+    for command in (["serve"], ["chat"], ["inspect"]):
         help_text = subprocess.run(
             [sys.executable, "-m", "filmstrip.cli.main", *command, "--help"], capture_output=True, text=True, check=True
         ).stdout

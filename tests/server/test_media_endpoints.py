@@ -23,25 +23,13 @@ NUM_FRAMES, RATE, WIDTH, HEIGHT = 60, 25, 320, 192
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("previews")
-
-
-@pytest.fixture(scope="module")
-def server(qwen3_vl_dir, folder):
-    running = Server(qwen3_vl_dir, folder)
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
 def clip(folder):
-    return h264(folder, "numbered.mp4", num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT, rate=str(RATE))
+    return h264(folder, "plan.mp4", num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT, rate=str(RATE))
 
 
 @pytest.fixture(scope="module")
 def picture(folder):
-    path = folder / "picture.png"
+    path = folder / "still.png"
     Image.fromarray(numbered_frame(421, WIDTH, HEIGHT)).save(path)
     return path
 
