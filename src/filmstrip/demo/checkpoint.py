@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def make_qwen3_vl(
     )
     model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    _write_processor_configs(
+    write_processor_configs(
         path,
         config.vision_config,
         dict(image_size or {"shortest_edge": 4096, "longest_edge": 64 * 1024}),
@@ -127,8 +127,13 @@ def make_qwen3_vl(
     return path
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's control tokens and pre-tokenizer, trained on a few sentences."""
+def build_tokenizer(
+    corpus: Iterable[str] = _CORPUS,
+    *,
+    num_trained_tokens: int = NUM_TRAINED_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's control tokens and pre-tokenizer, trained on a few sentences or ``corpus``."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -139,11 +144,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=NUM_TRAINED_TOKENS,
+        vocab_size=num_trained_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_CORPUS, trainer)
+    backend.train_from_iterator(corpus, trainer)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
     backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in MARKUP_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
@@ -154,7 +159,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=262144,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -257,7 +262,10 @@ def _scaled(name: str, noise: torch.Tensor) -> torch.Tensor:
     return gain / math.sqrt(fan_in) * noise
 
 
-def _write_processor_configs(path: Path, vision_config: Any, image_size: dict, video_size: dict) -> None:
+def write_processor_configs(
+    path: Path, vision_config: Any, image_size: dict[str, int], video_size: dict[str, int], **video_fields: Any
+) -> None:
+    """Write both preprocessor files into ``path``; ``video_fields`` are added to the video's or replace its own."""
     common = {
         "patch_size": vision_config.patch_size,
         "temporal_patch_size": vision_config.temporal_patch_size,
@@ -273,13 +281,17 @@ def _write_processor_configs(path: Path, vision_config: Any, image_size: dict, v
         "processor_class": "Qwen3VLProcessor",
     }
     image = common | {"image_processor_type": "Qwen2VLImageProcessor", "size": image_size}
-    video = common | {
-        "video_processor_type": "Qwen3VLVideoProcessor",
-        "size": video_size,
-        "fps": 2,
-        "min_frames": 4,
-        "max_frames": 768,
-        "do_sample_frames": True,
-    }
+    video = (
+        common
+        | {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": video_size,
+            "fps": 2,
+            "min_frames": 4,
+            "max_frames": 768,
+            "do_sample_frames": True,
+        }
+        | video_fields
+    )
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
         (path / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,523 @@
+"""A pool of decoded clips in, the trained demo model out; killed or stopped at any time, the same command goes on.
+
+    python -m filmstrip.demo.train WORK --steps 20000
+
+WORK holds ``base`` (an untrained checkpoint), ``pool`` and ``val`` (see :mod:`filmstrip.demo.data`), and gets ``state.pt``
+(everything needed to go on), ``log.jsonl`` (one object per line) and ``model`` (the checkpoint, bfloat16).
+
+Each clip is encoded once and asked about many times: every question stands behind the same prompt prefix, at the positions
+it would have alone, and sees the prefix and itself only (Krell et al., "Efficient Sequence Packing", 2021, with a shared
+prefix). So a step of 16 clips teaches about 160 questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import queue
+import random
+import threading
+import time
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
+from filmstrip.demo.questions import WEIGHTS, Question, ask_in_turn, ask_of_picture, ask_of_two, ask_some
+from filmstrip.demo.recipe import make_model, write_checkpoint
+
+ATTENTION_NAME = "filmstrip_demo_training"
+
+_ITEMS_PER_DRAW = 64
+_MAX_GROUPS_OF_TWO = 40
+_SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
+_DRAWN_AHEAD = 4
+_MUON_SCALE = 4.0
+"""Muon's learning rate in AdamW's."""
+_MALLOC_SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+_INPUT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
+
+
+@dataclass
+class Sample:
+    """One prompt with its questions, packed. ``segments``: 0 for the prefix, else the number of the question's chain."""
+
+    tokens: list[int]
+    positions: np.ndarray
+    segments: list[int]
+    is_answer: list[bool]
+    kinds: list[tuple[str, int]]
+    """Kind of each answer, and how many tokens it has."""
+    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]]
+
+
+@dataclass
+class Batch:
+    """Samples side by side; ``targets`` are flat places in (batch, token) that say which token comes next."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    kinds: list[tuple[str, int]]
+    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def pack(
+    watcher: Watcher, pool: Pool, items: list[tuple[str, Shown]], chains: list[list[Question]], system: str | None
+) -> Sample:
+    """A prompt about ``items`` and chains of questions, each of which starts right behind it."""
+    shown = [item[1] for item in items]
+    prefix = watcher.prefix(shown, system)
+    tokens, segments = list(prefix.token_ids), [0] * len(prefix.token_ids)
+    is_answer = [False] * len(tokens)
+    positions = [watcher.positions(prefix)]
+    start = int(positions[0].max()) + 1
+    kinds: list[tuple[str, int]] = []
+    for number, chain in enumerate(chains, 1):
+        length = 0
+        for place, question in enumerate(chain):
+            turn, answers = watcher.turn(question, first=place == 0)
+            tokens += turn
+            is_answer += answers
+            length += len(turn)
+            kinds.append((question.kind, sum(answers)))
+        segments += [number] * length
+        positions.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
+    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]] = defaultdict(list)
+    for item in items:
+        pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
+    return Sample(tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds, pixels)
+
+
+def collate(samples: list[Sample], pad_token: int) -> Batch:
+    """Samples as one padded batch."""
+    length = max(len(sample.tokens) for sample in samples)
+    tokens = np.full((len(samples), length), pad_token)
+    segments = np.full((len(samples), length), -1)
+    positions = np.zeros((3, len(samples), length), np.int64)
+    is_answer = np.zeros((len(samples), length), bool)
+    for row, sample in enumerate(samples):
+        num_tokens = len(sample.tokens)
+        tokens[row, :num_tokens] = sample.tokens
+        segments[row, :num_tokens] = sample.segments
+        positions[:, row, :num_tokens] = sample.positions
+        is_answer[row, :num_tokens] = sample.is_answer
+    theirs, ours = torch.from_numpy(segments)[:, None, None, :], torch.from_numpy(segments)[:, None, :, None]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    may_see = ((theirs == 0) | (theirs == ours)) & causal
+    mask = torch.zeros(may_see.shape, dtype=torch.bfloat16).masked_fill(~may_see, -torch.inf)
+    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for kind in ("video", "picture"):
+        parts = [part for sample in samples for part in sample.pixels.get(kind, ())]
+        if parts:
+            patches = torch.from_numpy(np.concatenate([patches for patches, _ in parts]))
+            pixels[kind] = (patches, torch.tensor([grid for _, grid in parts]))
+    targets = torch.from_numpy(np.flatnonzero(is_answer))
+    kinds = [kind for sample in samples for kind in sample.kinds]
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds, pixels)
+
+
+class Drawer:
+    """Draws prompts from a pool; the same numbers draw the same prompts as long as the pool is the same."""
+
+    def __init__(self, watcher: Watcher, pool: Pool, max_tokens: int) -> None:
+        """``max_tokens`` bounds a batch, padding included."""
+        if not pool.items:
+            raise ValueError("the pool is empty: make some shards with python -m filmstrip.demo.data first")
+        self._watcher, self._pool, self._max_tokens = watcher, pool, max_tokens
+        self._pad = watcher.tokenizer.special_tokens["<|endoftext|>"]
+
+    def batches(self, number: int) -> Iterator[Batch]:
+        """The batches of draw number ``number``: prompts of about the same length lie together."""
+        rng = random.Random(f"draw {number}")
+        samples = [sample for _ in range(_ITEMS_PER_DRAW) if (sample := self._sample(rng)) is not None]
+        samples.sort(key=lambda sample: len(sample.tokens))
+        groups: list[list[Sample]] = [[]]
+        for sample in samples:
+            if groups[-1] and (len(groups[-1]) + 1) * len(sample.tokens) > self._max_tokens:
+                groups.append([])
+            groups[-1].append(sample)
+        rng.shuffle(groups)
+        for group in groups:
+            yield collate(group, self._pad)
+
+    def _sample(self, rng: random.Random) -> Sample | None:
+        place, kind = rng.randrange(len(self._pool.items)), rng.random()
+        item = self._pool.items[place]
+        system = rng.choice(_SYSTEM_PROMPTS) if rng.random() < 0.08 else None
+        if item[1].kind == "picture":
+            chosen, questions = self._about_picture(rng, place)
+        elif kind < 0.17:
+            chosen, questions = self._about_two(rng, item)
+        else:
+            chosen, questions = [item], ask_some(item[1].view(), rng, 10, WEIGHTS)
+        chains = [[question] for question in questions]
+        if len(chosen) == 1 and item[1].kind == "video" and rng.random() < 0.35:
+            chain = ask_in_turn(item[1].view(), rng, 4)
+            chains += [chain] if chain else []
+        return pack(self._watcher, self._pool, chosen, chains, system) if chains else None
+
+    def _about_picture(self, rng: random.Random, place: int) -> tuple[list[tuple[str, Shown]], list[Question]]:
+        item = self._pool.items[place]
+        picture = item[1].scene()
+        if rng.random() < 0.25:
+            return [item], _different(ask_of_picture(picture, None, rng) for _ in range(5))
+        # The video that a picture was made for stands right before it.
+        video = self._pool.items[place - 1] if item[1].of_seed is not None else None
+        while video is None or video[1].kind != "video":
+            video = rng.choice(self._pool.items)
+        view = video[1].view()
+        questions = _different(ask_of_picture(picture, view, rng) for _ in range(10))
+        chosen = [item, video] if rng.random() < 0.5 else [video, item]
+        return chosen, questions + ask_some(view, rng, 3, WEIGHTS)
+
+    def _about_two(self, rng: random.Random, item: tuple[str, Shown]) -> tuple[list[tuple[str, Shown]], list[Question]]:
+        other = rng.choice(self._pool.items)
+        while other[1].kind != "video":
+            other = rng.choice(self._pool.items)
+        views = item[1].view(), other[1].view()
+        if len(views[0].groups) + len(views[1].groups) > _MAX_GROUPS_OF_TWO:
+            return [item], ask_some(views[0], rng, 10, WEIGHTS)
+        return [item, other], _different(ask_of_two(views, rng) for _ in range(14))
+
+
+def _different(questions: Iterator[Question | None]) -> list[Question]:
+    return list({question.text: question for question in questions if question is not None}.values())
+
+
+def fit_for_training(model: Qwen3VLForConditionalGeneration) -> None:
+    """Let ``model`` compute the same faster on CPU: whole batches of frames in attention, patches by one matrix product."""
+    model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": "sdpa", "": ATTENTION_NAME})
+    visual = model.model.visual
+    visual.patch_embed.forward = types.MethodType(_embed_patches, visual.patch_embed)
+    for block in visual.blocks:
+        block.attn.forward = types.MethodType(_attend_in_frames, block.attn)
+
+
+def _embed_patches(module: Any, patches: torch.Tensor) -> torch.Tensor:
+    return F.linear(patches, module.proj.weight.flatten(1), module.proj.bias)
+
+
+def _attend_in_frames(
+    module: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any, **_: Any
+) -> torch.Tensor:
+    num_tokens = hidden_states.shape[0]
+    qkv = module.qkv(hidden_states).reshape(num_tokens, 3, module.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *position_embeddings)
+    outputs, start, bounds = [], 0, cu_seqlens.tolist()
+    while start < len(bounds) - 1:
+        length, end = bounds[start + 1] - bounds[start], start + 1
+        while end < len(bounds) - 1 and bounds[end + 1] - bounds[end] == length:
+            end += 1
+        shape = (end - start, length, module.num_heads, -1)
+        parts = [x[bounds[start] : bounds[end]].reshape(shape).transpose(1, 2) for x in (query, key, qkv[2])]
+        outputs.append(_attend(*parts, None, module.scaling).transpose(1, 2).flatten(0, 1))
+        start = end
+    return module.proj(torch.cat(outputs).reshape(num_tokens, -1))
+
+
+def _attend_masked(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface; ``attention_mask`` is added to the scores."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return _attend(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention written out: for these sizes twice as fast in bfloat16 as PyTorch's fused kernel is on CPU."""
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    return torch.softmax(scores, -1, dtype=scores.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION_NAME, _attend_masked)
+
+
+def predict(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits for every answer token, float32 (num_targets, vocabulary), and the tokens themselves."""
+    inputs: dict[str, torch.Tensor] = {}
+    for kind, (pixels, grids) in batch.pixels.items():
+        pixel_name, grid_name = _INPUT_NAMES[kind]
+        inputs[pixel_name] = pixels.float().div_(127.5).sub_(1.0)
+        inputs[grid_name] = grids
+    hidden = model.model(
+        input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False, **inputs
+    ).last_hidden_state
+    logits = model.lm_head(hidden.flatten(0, 1)[batch.targets - 1])
+    return logits.float(), batch.tokens.flatten()[batch.targets]
+
+
+class Scores:
+    """Counts of answers said right, every token of them, by kind."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, int] = defaultdict(int)
+        self._asked: dict[str, int] = defaultdict(int)
+
+    def add(self, logits: torch.Tensor, wanted: torch.Tensor, kinds: list[tuple[str, int]]) -> None:
+        """Count the answers of a batch."""
+        right = (logits.argmax(-1) == wanted).tolist()
+        start = 0
+        for kind, length in kinds:
+            self._right[kind] += all(right[start : start + length])
+            self._asked[kind] += 1
+            start += length
+
+    def shares(self) -> dict[str, float]:
+        """Share of right answers by kind, and of all."""
+        shares = {kind: round(self._right[kind] / asked, 3) for kind, asked in sorted(self._asked.items())}
+        return {"all": round(sum(self._right.values()) / max(sum(self._asked.values()), 1), 3), **shares}
+
+
+@dataclass
+class State:
+    """Where training stands."""
+
+    model: Qwen3VLForConditionalGeneration
+    average: Qwen3VLForConditionalGeneration
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    draw: int = 0
+
+
+def _optimizers(model: Qwen3VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, AdamW for tables, patches, biases and norms."""
+    matrices, tables, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            others.append(parameter)
+        elif parameter.ndim > 2 or any(part in name for part in ("embed", "lm_head")):
+            tables.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [{"params": tables, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], num_workers: int) -> None:
+    """Mean of all workers' gradients in each of them."""
+    if num_workers == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat.div_(num_workers)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+class Trainer:
+    """One worker of a run in one folder; number 0 writes the files."""
+
+    def __init__(self, arguments: argparse.Namespace, number: int) -> None:
+        self._arguments, self._work, self._number = arguments, Path(arguments.work), number
+        self._watcher = Watcher(self._work / "base")
+        self._tokenizer: PreTrainedTokenizerFast = self._watcher.tokenizer.hf
+        self._pool = Pool(self._work / "pool")
+        self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens)
+        self._state = self._start()
+
+    def run(self) -> None:
+        """Train to the last step."""
+        state, arguments = self._state, self._arguments
+        scores, losses, started = Scores(), [], time.monotonic()
+        saved = time.monotonic()
+        for batch, draw in self._drawn():
+            if state.step >= arguments.steps:
+                break
+            for optimizer in state.optimizers:
+                scale = _MUON_SCALE if isinstance(optimizer, torch.optim.Muon) else 1.0
+                for group in optimizer.param_groups:
+                    group["lr"] = arguments.learning_rate * scale * self._rate()
+            losses.append(self._step(batch, scores))
+            state.step += 1
+            state.draw = draw
+            if state.step % arguments.log_steps == 0:
+                self._pool.refresh()
+            if self._number:
+                continue
+            if state.step % arguments.log_steps == 0:
+                seconds = round((time.monotonic() - started) / arguments.log_steps, 2)
+                mean = round(sum(losses) / len(losses), 4)
+                self._log(
+                    {"loss": mean, "seconds_per_step": seconds, "clips": len(self._pool.items), **scores.shares()}
+                )
+                scores, losses, started = Scores(), [], time.monotonic()
+            if state.step % arguments.measure_steps == 0:
+                self._log({"held_out": self._measure()})
+                started = time.monotonic()
+            if state.step == arguments.steps or time.monotonic() - saved > arguments.save_seconds:
+                self._save()
+                saved = time.monotonic()
+
+    def _start(self) -> State:
+        model = make_model(self._tokenizer, self._arguments.seed)
+        average = copy.deepcopy(model)
+        fit_for_training(model)
+        fit_for_training(average)
+        state = State(model, average, _optimizers(model))
+        path = self._work / "state.pt"
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            model.load_state_dict(saved["model"])
+            average.load_state_dict(saved["average"])
+            for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            state.step, state.draw = saved["step"], saved["draw"]
+        return state
+
+    def _save(self) -> None:
+        state, path = self._state, self._work / "state.pt"
+        partial = path.with_suffix(".partial")
+        torch.save(
+            {
+                "model": state.model.state_dict(),
+                "average": state.average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+                "step": state.step,
+                "draw": state.draw,
+            },
+            partial,
+        )
+        partial.rename(path)
+        published = copy.deepcopy(state.average)
+        torch.nn.Module.to(published, torch.bfloat16)
+        write_checkpoint(self._work / "model", self._tokenizer, published)
+
+    def _rate(self) -> float:
+        """Share of the full learning rate: a warm-up, a plateau, and a linear way down to nothing at the end."""
+        step, arguments = self._state.step, self._arguments
+        way_down = arguments.steps * arguments.decay_share
+        return min((step + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
+
+    def _step(self, batch: Batch, scores: Scores) -> float:
+        state = self._state
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, wanted = predict(state.model, batch)
+        loss = F.cross_entropy(logits, wanted)
+        loss.backward()
+        parameters = list(state.model.parameters())
+        _average_gradients(parameters, self._arguments.workers)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        scores.add(logits.detach(), wanted, batch.kinds)
+        decay = min(self._arguments.average_decay, (1 + state.step) / (10 + state.step))
+        with torch.no_grad():
+            averages, values = state.average.parameters(), state.model.parameters()
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, 1 - decay)
+        return loss.item()
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        """Shares of right answers of the averaged model, each token given those before it, on clips never trained on."""
+        held_out = Drawer(self._watcher, Pool(self._work / "val"), self._arguments.max_tokens)
+        scores = Scores()
+        for draw in range(self._arguments.measure_draws):
+            for batch in held_out.batches(-1 - draw):
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits, wanted = predict(self._state.average, batch)
+                scores.add(logits, wanted, batch.kinds)
+        return scores.shares()
+
+    def _drawn(self) -> Iterator[tuple[Batch, int]]:
+        """Batches, and how many draws are used up when one is done; made ahead in a thread."""
+        ready: queue.Queue[tuple[Batch, int] | Exception] = queue.Queue(_DRAWN_AHEAD)
+
+        def draw() -> None:
+            try:
+                number = self._state.draw
+                while True:
+                    for batch in self._drawer.batches(number * self._arguments.workers + self._number):
+                        ready.put((batch, number + 1))
+                    number += 1
+            except Exception as error:  # goes to the loop that waits for a batch
+                ready.put(error)
+
+        threading.Thread(target=draw, daemon=True).start()
+        while True:
+            drawn = ready.get()
+            if isinstance(drawn, Exception):
+                raise drawn
+            yield drawn
+
+    def _log(self, values: dict[str, Any]) -> None:
+        with (self._work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self._state.step, **values}) + "\n")
+
+
+def main() -> None:
+    """Train, or go on training."""
+    parser = argparse.ArgumentParser(prog="python -m filmstrip.demo.train", description=__doc__)
+    parser.add_argument("work", help="folder with the pool, the state and the log")
+    parser.add_argument("--steps", type=int, default=20_000, help="(default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warm-up-steps", type=int, default=100)
+    parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
+    parser.add_argument("--average-decay", type=float, default=0.998)
+    parser.add_argument("--log-steps", type=int, default=50)
+    parser.add_argument("--measure-steps", type=int, default=1000)
+    parser.add_argument("--measure-draws", type=int, default=3)
+    parser.add_argument("--save-seconds", type=float, default=600)
+    parser.add_argument("--workers", type=int, default=3, help="processes of one thread (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    work = Path(arguments.work)
+    blank_checkpoint(work / "base")
+    (work / "pgid").write_text(f"{os.getpgid(0)}\n")
+    # Tensors of many megabytes come and go in each step; kept memory spares the kernel to clear their pages each time.
+    os.environ.update(_MALLOC_SETTINGS)
+    (work / "meeting").unlink(missing_ok=True)
+    spawn(_work, (arguments,), arguments.workers)
+
+
+def _work(number: int, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    if arguments.workers > 1:
+        meeting = f"file://{Path(arguments.work, 'meeting').resolve()}"
+        # Whoever stops the whole group for an hour must find it going on.
+        forever = datetime.timedelta(days=365)
+        distributed.init_process_group("gloo", meeting, forever, arguments.workers, number)
+    Trainer(arguments, number).run()
+    if arguments.workers > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Training sees what serving sees: prompts, positions and logits equal those of the product and of plain Transformers."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
+from filmstrip.demo.clips import encode_picture, encode_scene
+from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_checkpoint, make_shard, sampling_of
+from filmstrip.demo.questions import WEIGHTS, ask_in_turn, ask_some
+from filmstrip.demo.recipe import make_model, make_tokenizer
+from filmstrip.demo.scenes import make_picture_scene, make_scene
+from filmstrip.demo.train import Drawer, Sample, Trainer, collate, fit_for_training, pack, predict
+from filmstrip.processing.prompt_builder import PromptBuilder
+from filmstrip.types import FrameSampling
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return blank_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def watcher(base: Path) -> Watcher:
+    return Watcher(base)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, watcher: Watcher) -> Pool:
+    folder = tmp_path_factory.mktemp("pool")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("filmstrip.demo.data.CLIPS_PER_SHARD", 20)
+        make_shard(folder, 0, watcher, first_seed=100)
+    return Pool(folder)
+
+
+def _item(pool: Pool, kind: str) -> tuple[str, Shown]:
+    return min(
+        (item for item in pool.items if item[1].kind == kind), key=lambda item: item[1].rows[1] - item[1].rows[0]
+    )
+
+
+def test_the_same_seed_gives_the_same_checkpoint() -> None:
+    tokenizers = [make_tokenizer() for _ in range(2)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    models = [make_model(tokenizer, seed=3) for tokenizer in tokenizers]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+    assert 4e6 < sum(p.numel() for p in models[0].parameters()) < 8e6
+
+
+async def test_prompts_and_pixels_are_those_of_the_server(base: Path, watcher: Watcher) -> None:
+    clip, picture = encode_scene(make_scene(5)), encode_picture(make_picture_scene(6))
+    clip_path, picture_path = base / "clip", base / "picture"
+    clip_path.write_bytes(clip)
+    picture_path.write_bytes(picture)
+    patches, plan, times = watcher.watch(clip, FrameSampling())
+    picture_patches, picture_plan = watcher.look(picture)
+    shown = [
+        Shown("video", 5, None, plan.height, plan.width, times, (0, 0)),
+        Shown("picture", 6, None, picture_plan.height, picture_plan.width, (), (0, 0)),
+    ]
+    question = ask_some(shown[0].view(), random.Random(0), 1, WEIGHTS)[0]
+    prefix = watcher.prefix(shown, "Be brief.")
+    turn, is_answer = watcher.turn(question, first=True)
+
+    builder = PromptBuilder(
+        LLMConfig(engine=EngineConfig(model=str(base)), media=MediaConfig(allowed_local_media_path=str(base)))
+    )
+    try:
+        prompt = await builder.build(
+            [
+                {"role": "system", "content": "Be brief."},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": question.text},
+                        {"type": "video_url", "video_url": {"url": clip_path.as_uri()}},
+                        {"type": "image_url", "image_url": {"url": picture_path.as_uri()}},
+                    ],
+                },
+            ],
+            max_model_len=8192,
+            report=lambda _: None,
+        )
+    finally:
+        await builder.close()
+    assert prompt.token_ids == prefix.token_ids + [t for t, said in zip(turn, is_answer, strict=True) if not said]
+    assert prompt.positions is not None
+    assert np.array_equal(prompt.positions[:, : len(prefix.token_ids)], watcher.positions(prefix))
+    assert prompt.media[0].timestamps == list(times)
+    assert np.array_equal(prompt.features[0].patches.torch().numpy(), patches)
+    assert np.array_equal(prompt.features[1].patches.torch().numpy(), picture_patches)
+
+
+def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> torch.Tensor:
+    """Logits of the answers in ``sample`` by Transformers' own forward pass and position rule."""
+    tokens = torch.tensor([sample.tokens])
+    types = torch.zeros_like(tokens)
+    types[tokens == model.config.video_token_id] = 2
+    types[tokens == model.config.image_token_id] = 1
+    inputs = {}
+    for kind, names in (("video", "pixel_values_videos video_grid_thw"), ("picture", "pixel_values image_grid_thw")):
+        if parts := sample.pixels.get(kind):
+            pixels_name, grid_name = names.split()
+            patches = np.concatenate([patches for patches, _ in parts])
+            inputs[pixels_name] = torch.from_numpy(patches).float() / 127.5 - 1
+            inputs[grid_name] = torch.tensor([grid for _, grid in parts])
+    with torch.no_grad():
+        logits = model(input_ids=tokens, mm_token_type_ids=types, **inputs).logits[0]
+    return logits[np.flatnonzero(sample.is_answer) - 1]
+
+
+def test_packed_questions_see_only_the_media_and_themselves(watcher: Watcher, pool: Pool) -> None:
+    plain, fitted = (make_model(watcher.tokenizer.hf, seed=1) for _ in range(2))
+    fit_for_training(fitted)
+    video, picture = _item(pool, "video"), _item(pool, "picture")
+    view = video[1].view()
+    chains = [[question] for question in ask_some(view, random.Random(1), 3, WEIGHTS)]
+    chains.append(ask_in_turn(view, random.Random(2), 2))
+    assert all(chains)
+    for items in ([video], [picture, video], [video, video]):
+        packed = pack(watcher, pool, items, chains, None)
+        other = pack(watcher, pool, [video], chains[:1], None)
+        with torch.no_grad():
+            logits, wanted = predict(fitted, collate([packed, other], 0))
+        assert len(wanted) == len(logits) == sum(length for _, length in packed.kinds + other.kinds)
+        alone = [_plain_logits(plain, pack(watcher, pool, items, [chain], None)) for chain in chains]
+        expected = torch.cat([*alone, _plain_logits(plain, other)])
+        # The mask is kept in bfloat16 but holds 0 and -inf only; the rest is float32 in another order.
+        assert torch.allclose(logits, expected, atol=2e-4)
+
+
+def test_pool_and_draws(pool: Pool, watcher: Watcher) -> None:
+    videos = [shown for _, shown in pool.items if shown.kind == "video"]
+    assert len(videos) == 20 < CLIPS_PER_SHARD
+    for item in pool.items[:5]:
+        assert pool.patches(item).shape[0] == int(np.prod(item[1].media(watcher.layout).plan.grid_thw))
+    assert {sampling_of(seed) for seed in range(40)} > {FrameSampling()}
+    drawer = Drawer(watcher, pool, max_tokens=2048)
+    one, again = (list(drawer.batches(4)) for _ in range(2))
+    assert [batch.tokens.tolist() for batch in one] == [batch.tokens.tolist() for batch in again]
+    kinds = {kind for number in range(3) for batch in drawer.batches(number) for kind, _ in batch.kinds}
+    assert {"direction", "when", "compare", "picture", "picture_and_video"} <= kinds
+
+
+def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "base").symlink_to(base)
+    for name in ("pool", "val"):
+        (work / name).symlink_to(pool.folder)
+    settings = {
+        "work": str(work), "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25,
+        "average_decay": 0.99, "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1,
+        "seed": 0,
+    }  # fmt: skip
+    Trainer(argparse.Namespace(**settings), 0).run()
+    Trainer(argparse.Namespace(**settings | {"steps": 6}), 0).run()
+    lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4, 6]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    saved = torch.load(work / "state.pt", weights_only=True)
+    assert (saved["step"], saved["draw"]) == (6, 2)  # the draw that the first run was in is not gone on with
+    model = Qwen3VLForConditionalGeneration.from_pretrained(work / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert sum(file.stat().st_size for file in (work / "model").glob("*.safetensors")) < 15 << 20
