@@ -16,9 +16,7 @@ import torch
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
-    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
 )
 
 from filmstrip.demo.checkpoint import build_config, build_tokenizer, write_processor_configs
