@@ -2,11 +2,11 @@
 
 import pytest
 
-from filmstrip.media.decoders.registry import DECODER_NAMES
+from filmstrip.config import VIDEO_DECODERS
 from tests.conformance import suite
 from tests.conformance.corpus import CLIPS
 
-INSTALLED = [decoder for decoder in DECODER_NAMES if suite.is_installed(decoder)]
+INSTALLED = [decoder for decoder in VIDEO_DECODERS if suite.is_installed(decoder)]
 VERSIONS, DOCUMENTED = suite.documented()
 
 
@@ -34,7 +34,7 @@ def outcomes(tmp_path_factory):
     return Outcomes(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("decoder", DECODER_NAMES)
+@pytest.mark.parametrize("decoder", VIDEO_DECODERS)
 def test_a_decoder_is_installed(decoder):
     """One line in the report for a decoder that the suite leaves out."""
     if decoder not in INSTALLED:

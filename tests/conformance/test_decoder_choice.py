@@ -10,18 +10,19 @@ import threading
 import numpy as np
 import pytest
 
+from filmstrip.config import VIDEO_DECODERS
 from filmstrip.errors import InvalidRequestError, MediaDecodeError, MediaTooLargeError
 from filmstrip.media import sandbox
 from filmstrip.media.decoders.base import VideoReader
 from filmstrip.media.decoders.checked import CheckedReader, DecodedFrame
-from filmstrip.media.decoders.registry import DECODER_NAMES, import_decoder, open_reader
+from filmstrip.media.decoders.registry import import_decoder, open_reader
 from filmstrip.media.source import BytesSource
 from filmstrip.media.video import open_video, read_frames
 from tests.conformance import old_torchvision, suite
 from tests.conformance.corpus import CLIPS, draw
 from tests.media.numbered import decode_sequentially, ffmpeg, read_number
 
-INSTALLED = [decoder for decoder in DECODER_NAMES if suite.is_installed(decoder)]
+INSTALLED = [decoder for decoder in VIDEO_DECODERS if suite.is_installed(decoder)]
 OTHERS = [decoder for decoder in INSTALLED if decoder != "pyav"]
 LIBRARIES = {"torchcodec": "torchcodec", "decord": "decord", "opencv": "cv2", "torchvision": "torchvision"}
 EXTRAS = {"torchcodec", "decord", "opencv", "torchvision"}
@@ -38,7 +39,8 @@ def clip(path):
 
 
 def test_the_default_is_pyav(clip):
-    assert DECODER_NAMES[0] == "pyav"
+    assert VIDEO_DECODERS[0] == "pyav"
+    assert set(VIDEO_DECODERS) == {"pyav", *EXTRAS}
     assert open_video(BytesSource(clip)).metadata.video_backend == "pyav"
 
 

@@ -27,7 +27,7 @@ def open_video(source: MediaSource, *, max_pixels: int | None = None, decoder: s
     """Scan a video's index; raises MediaDecodeError, or MediaTooLargeError for frames of more than ``max_pixels``.
 
     A GIF is a video, moving or not; any other picture is refused with the advice to send it as one. ``decoder`` is a name of
-    :data:`~filmstrip.media.decoders.registry.DECODER_NAMES`; raises InvalidRequestError if it is none or not installed.
+    :data:`~filmstrip.config.VIDEO_DECODERS`; raises InvalidRequestError if it is none or not installed.
     """
     kind = sniff(source)
     if kind.kind == "image" and kind.format != "GIF":

@@ -1,4 +1,4 @@
-"""What a video decoder does: say what a file holds, and hand over chosen frames one by one."""
+"""What a video decoder does: say what a file holds, hand over chosen frames one by one; and what it may open at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from filmstrip.types import VideoMetadata
+
+CONTAINER_FORMATS = (
+    "mov,matroska,mpegts,mpeg,mpegvideo,avi,flv,asf,ogg,ivf,mxf,nut,gif,m4v,h264,hevc,av1,obu,rm,wtv,dv,mjpeg"
+)
+"""Demuxers of FFmpeg (its option ``format_whitelist``) for containers that hold all they show.
+
+Playlists, concatenation scripts and image sequences name other files, so their demuxers are not here.
+"""
 
 Consume = Callable[[int, np.ndarray], None]
 """Called with a position in the request and the frame, uint8 RGB (height, width, 3), rotation applied."""

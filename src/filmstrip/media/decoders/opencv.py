@@ -10,14 +10,14 @@ from typing import ClassVar
 
 import cv2
 
+from filmstrip.media.decoders.base import CONTAINER_FORMATS
 from filmstrip.media.decoders.checked import Check, CheckedReader, DecodedFrame, References, as_array, sample
-from filmstrip.media.decoders.pyav import _FORMATS
 
 _SEEK_SECONDS = 4.0
 """Frames this far ahead are sought, nearer ones are reached by decoding."""
 _SEEK_MARGIN_SECONDS = 1.0
 _ENVIRONMENT = {
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": f"format_whitelist;{_FORMATS}|protocol_whitelist;none",
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": f"format_whitelist;{CONTAINER_FORMATS}|protocol_whitelist;none",
     "OPENCV_FFMPEG_LOGLEVEL": "-8",
 }
 _OPENING = threading.Lock()

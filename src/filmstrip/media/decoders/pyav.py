@@ -29,15 +29,12 @@ import numpy as np
 from av.stream import Discard, Disposition
 
 from filmstrip.errors import MediaDecodeError, MediaTooLargeError
-from filmstrip.media.decoders.base import Consume
+from filmstrip.media.decoders.base import CONTAINER_FORMATS, Consume
 from filmstrip.media.mp4 import media_data_ranges, refers_to_other_files
 from filmstrip.media.remote import RemoteSource
 from filmstrip.media.source import MediaSource
 from filmstrip.types import VideoMetadata
 
-# Containers that hold all they show. Playlists, concatenation scripts and image sequences name other files, so their
-# demuxers are not on the list, and whatever a listed one tries to open is refused.
-_FORMATS = "mov,matroska,mpegts,mpeg,mpegvideo,avi,flv,asf,ogg,ivf,mxf,nut,gif,m4v,h264,hevc,av1,obu,rm,wtv,dv,mjpeg"
 _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
 # Decoders known to skip frames nothing refers to without changing any other. Others get every packet: dav1d, for one, takes
 # the setting when it is opened and keeps it.
@@ -178,7 +175,7 @@ class PyAVReader:
                 mode="r",
                 # Not "options": these go to the streams as well, and PyAV before version 18 then crashes the process on
                 # files whose streams appear while they are probed (FLV, MPEG program streams).
-                container_options={"format_whitelist": _FORMATS},
+                container_options={"format_whitelist": CONTAINER_FORMATS},
                 io_open=_refuse,
                 metadata_errors="ignore",
             ) as container:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import av.logging
 
+from filmstrip.config import VIDEO_DECODERS
 from filmstrip.errors import InvalidRequestError
 from filmstrip.media.decoders.base import VideoReader
 from filmstrip.media.decoders.pyav import PyAVReader
 from filmstrip.media.source import MediaSource
 
-__all__ = ["DECODER_NAMES", "import_decoder", "open_reader"]
+__all__ = ["import_decoder", "open_reader"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -33,9 +34,6 @@ _DECODERS = {
     "opencv": _Decoder("OpenCVReader", "cv2", (4, 11)),  # the first that reads from a stream buffer
     "torchvision": _Decoder("TorchVisionReader", "torchvision", (0, 24)),
 }
-
-DECODER_NAMES = ("pyav", *_DECODERS)
-"""Values of ``--video-decoder``, the default first."""
 
 
 def import_decoder(name: str) -> None:
@@ -59,9 +57,9 @@ def open_reader(name: str, source: MediaSource, *, max_pixels: int | None = None
 def _reader_class(name: str) -> type:
     if name == "pyav":
         return PyAVReader
-    decoder = _DECODERS.get(name)
-    if decoder is None:
-        raise InvalidRequestError(f"the video decoder must be one of {', '.join(DECODER_NAMES)}, not {name!r:.80}")
+    if name not in VIDEO_DECODERS:
+        raise InvalidRequestError(f"the video decoder must be one of {', '.join(VIDEO_DECODERS)}, not {name!r:.80}")
+    decoder = _DECODERS[name]
     _check_library(name, decoder)
     return getattr(importlib.import_module(f"{_PACKAGE}.{name}"), decoder.reader)
 
