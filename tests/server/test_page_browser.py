@@ -252,6 +252,8 @@ def test_what_is_refused_is_said_where_it_stands(page, clip, folder):
     second = page.locator(".card").nth(1)
     expect(second.get_by_role("alert")).to_contain_text("allowed")
     expect(page.locator(".card").first.get_by_role("alert")).to_be_hidden()
+    page.get_by_label("Frames at most").first.fill("3")  # the other clip is looked at all the same
+    expect(frames(page)).to_have_count(3)
     page.get_by_role("button", name="Remove passwd").click()
     text = folder / "notes.mp4"
     text.write_text("not a video at all")

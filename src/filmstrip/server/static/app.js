@@ -22,9 +22,9 @@ function options() {
   return chosen;
 }
 
-function request(question) {
+function request(question, without) {
   const turns = [...state.turns, { role: "user", text: question, media: state.pending }];
-  return buildBody(state.model.id, turns, options());
+  return buildBody(state.model.id, turns, options(), without);
 }
 
 // What will be seen and what it costs
@@ -50,33 +50,50 @@ async function plan() {
   if (!state.model) return;
   const planning = new AbortController();
   state.planning = planning;
-  const { body, media } = request(byId("question").value.trim());
-  try {
-    const answer = await planMedia(serialize(body, media), planning.signal);
-    const isNew = media.map(({ item }, place) => cardOf(item).showPlan(answer.media[place]));
-    showCost(answer);
-    showText(byId("server-error"), "");
-    if (isNew.includes(true)) {
-      const max_thumbnails = Math.min(maxThumbnails, 64 * media.length);
-      const shown = await showFrames(serialize({ ...body, max_thumbnails }, media), planning.signal);
-      media.forEach(({ item }, place) => cardOf(item).showFrames(shown.media[place], answer.media[place]));
+  const faults = new Map(); // what is wrong with an item; the others are shown all the same
+  for (;;) {
+    const { body, media } = request(byId("question").value.trim(), faults);
+    if (!media.length && faults.size) byId("cost").hidden = true;
+    else {
+      try {
+        await showPlan(body, media, planning.signal);
+      } catch (error) {
+        if (planning.signal.aborted) return; // by a change, which brings a plan of its own
+        const atFault = itemAtFault(error, media);
+        if (atFault) {
+          faults.set(atFault, error.message);
+          continue;
+        }
+        showServerError(error);
+      }
     }
+    for (const card of state.cards) card.showError(faults.get(card.item) ?? "");
     setBusy(false);
-    announce(`${byId("cost-label").textContent}: ${byId("cost-text").textContent}`);
-  } catch (error) {
-    if (planning.signal.aborted) return; // by a change, which brings a plan of its own
-    setBusy(false);
-    showPlanError(error, media);
+    return;
   }
 }
 
-const cardOf = (item) => state.cards.find((card) => card.item === item);
-
-function showPlanError(error, media) {
-  const atFault = media.find(({ place }) => error.param?.startsWith(place)) ?? (media.length === 1 ? media[0] : null);
-  if (error.status === 401 || !atFault) showServerError(error);
-  for (const card of state.cards) card.showError(card.item === atFault?.item ? error.message : "");
+/** Ask for a plan and then for its pictures, and show both. */
+async function showPlan(body, media, signal) {
+  const answer = await planMedia(serialize(body, media), signal);
+  const isNew = media.map(({ item }, place) => cardOf(item).showPlan(answer.media[place]));
+  showCost(answer);
+  showText(byId("server-error"), "");
+  if (isNew.includes(true)) {
+    const max_thumbnails = Math.min(maxThumbnails, 64 * media.length);
+    const shown = await showFrames(serialize({ ...body, max_thumbnails }, media), signal);
+    media.forEach(({ item }, place) => cardOf(item).showFrames(shown.media[place], answer.media[place]));
+  }
+  announce(`${byId("cost-label").textContent}: ${byId("cost-text").textContent}`);
 }
+
+function itemAtFault(error, media) {
+  if (error.status !== 400) return null;
+  const named = media.find(({ place }) => error.param?.startsWith(`${place}.`));
+  return (named ?? (media.length === 1 ? media[0] : null))?.item ?? null;
+}
+
+const cardOf = (item) => state.cards.find((card) => card.item === item);
 
 function showCost(plan) {
   byId("cost").hidden = false;

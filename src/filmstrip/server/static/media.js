@@ -136,7 +136,8 @@ export class Card {
     strip.replaceChildren();
     if (this.item.kind === "image") return;
     for (const time of plan.timestamps.slice(0, 64)) {
-      const picture = element("img", { alt: "", width: plan.width, height: plan.height, src: emptyPicture });
+      const picture = element("img", { alt: "", src: emptyPicture });
+      picture.style.aspectRatio = `${plan.width} / ${plan.height}`;
       strip.append(frameOf(picture, seconds(time)));
     }
     strip.scrollLeft = 0;

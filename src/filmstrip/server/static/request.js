@@ -13,9 +13,9 @@ function mediaPart(item) {
 
 /**
  * The body as an object, and the media in prompt order with the place of each (`messages[i].content[j]`).
- * A turn is `{role, text, media}`; turns without text and media are left out.
+ * A turn is `{role, text, media}`; turns without text and media are left out, like the media in `without`.
  */
-export function buildBody(model, turns, options) {
+export function buildBody(model, turns, options, without = new Map()) {
   const messages = [];
   const media = [];
   for (const turn of turns) {
@@ -25,7 +25,7 @@ export function buildBody(model, turns, options) {
     }
     const content = [];
     for (const item of turn.media) {
-      if (item.removed) continue;
+      if (item.removed || without.has(item)) continue;
       media.push({ item, place: `messages[${messages.length}].content[${content.length}]` });
       content.push(mediaPart(item));
     }
