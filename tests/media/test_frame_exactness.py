@@ -1,6 +1,10 @@
-"""Frames of files whose times or key frames mislead: every read equals plain decoding from start to end, bit by bit."""
+"""The right frames from every kind of file: every read equals plain decoding from start to end, bit by bit.
+
+Ordinary files first, then those whose times or key frames mislead, then damaged ones.
+"""
 
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,113 @@ import pytest
 from filmstrip.media.source import BytesSource
 from filmstrip.media.video import open_video, read_frames
 from tests.media.clips import append, blank, drop_packets, h264, packets, remux
-from tests.media.numbered import decode_sequentially, encode, ffmpeg, read_number
+from tests.media.numbered import decode_sequentially, encode, ffmpeg, has_encoder, read_number
 
 NUM_FRAMES = 60
 CODED_ORDER = "b-adapt=0:scenecut=0"
+
+
+# Ordinary files, whose frames also stand at the times that plain decoding gives
+
+
+def make_plain(folder):
+    return h264(folder, "clip.mp4", gop=12)
+
+
+def make_long_gop(folder):
+    return h264(folder, "clip.mp4", gop=250, num_frames=300)
+
+
+def make_two_streams(folder):
+    small = h264(folder, "small.mp4", gop=12, width=80, height=48, first=500)
+    large = h264(folder, "large.mp4", gop=12)
+    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", folder / "two.mp4")
+    return folder / "two.mp4"
+
+
+def make_variable_rate(folder):
+    times = "settb=1/90000,setpts='if(lt(N,20),N,20+(N-20)*3)*3600'"
+    return h264(folder, "vfr.mp4", "-vf", times, "-vsync", "vfr", "-video_track_timescale", "90000", gop=12)
+
+
+def make_transport_stream(folder):
+    return h264(folder, "late.ts", "-output_ts_offset", "1400", num_frames=150)
+
+
+def make_edit_list(folder):
+    source = h264(folder, "clip.mp4", num_frames=90)
+    ffmpeg("-ss", "1.13", "-i", source, "-c", "copy", folder / "edited.mp4")
+    return folder / "edited.mp4"
+
+
+def make_open_gop_h264(folder):
+    return h264(folder, "open.mp4", "-x264-params", "open-gop=1:keyint=10:min-keyint=10:bframes=3:scenecut=0")
+
+
+def make_open_gop_hevc(folder):
+    parameters = "open-gop=1:keyint=12:min-keyint=12:bframes=4:log-level=error"
+    return encode(folder / "open.mp4", "-c:v", "libx265", "-pix_fmt", "yuv420p", "-x265-params", parameters)
+
+
+def make_odd_size(folder):
+    return encode(folder / "odd.mp4", "-c:v", "libx264", "-pix_fmt", "yuv444p", "-g", "9", width=161, height=97)
+
+
+def make_high_depth(folder):
+    return encode(folder / "deep.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p10le", "-g", "15")
+
+
+def make_full_range(folder):
+    return h264(folder, "full.mp4", "-vf", "scale=out_range=full", "-color_range", "pc", gop=12)
+
+
+def make_vp9(folder):
+    arguments = ("-c:v", "libvpx-vp9", "-b:v", "300k", "-g", "20", "-auto-alt-ref", "1", "-lag-in-frames", "12")
+    return encode(folder / "clip.webm", *arguments)
+
+
+def make_avi(folder):
+    return encode(folder / "clip.avi", "-c:v", "mpeg4", "-bf", "2", "-g", "12", "-q:v", "3")
+
+
+def make_mpeg4(folder):
+    return encode(folder / "clip.mp4", "-c:v", "mpeg4", "-bf", "2", "-g", "12", "-q:v", "3")
+
+
+def make_mkv_copy_with_made_up_times(folder):
+    ffmpeg("-fflags", "+genpts", "-i", make_avi(folder), "-c", "copy", folder / "copied.mkv")
+    return folder / "copied.mkv"
+
+
+def make_mpeg2(folder):
+    return encode(folder / "clip.mpg", "-c:v", "mpeg2video", "-bf", "2", "-g", "12", "-q:v", "3")
+
+
+def make_av1(folder):
+    encoder = next((name for name in ("libsvtav1", "libaom-av1") if has_encoder(name)), None)
+    if encoder is None:
+        pytest.skip("this ffmpeg cannot encode AV1")
+    speed = ("-preset", "10") if encoder == "libsvtav1" else ("-cpu-used", "8")
+    return encode(folder / "clip.mkv", "-c:v", encoder, *speed, "-g", "20", num_frames=40)
+
+
+def make_one_frame(folder):
+    return h264(folder, "one.mp4", num_frames=1)
+
+
+def make_gif(folder):
+    return encode(folder / "clip.gif", num_frames=12, rate="10")
+
+
+def makers():
+    """The functions above whose names begin with make_, by what follows."""
+    return {name.removeprefix("make_"): maker for name, maker in globals().items() if name.startswith("make_")}
+
+
+ORDINARY = makers()
+
+
+# Files whose times or key frames mislead
 
 
 def make_intra_refresh(folder):
@@ -203,15 +310,15 @@ def make_one_pixel_high(folder):
     return encode(folder / "line.mkv", "-c:v", "ffv1", width=10, height=1, num_frames=8)
 
 
-MAKERS = {name.removeprefix("make_"): maker for name, maker in list(globals().items()) if name.startswith("make_")}
+MAKERS = makers()
 NO_ROOM_FOR_A_NUMBER = {"one_pixel_high"}
 
 
 @pytest.fixture(scope="module", params=sorted(MAKERS))
 def clip(request, tmp_path_factory):
-    """A kind of file, a reader of it, and its frames as plain decoding gives them."""
+    """A kind of file, a reader of it, and its frames and their times as plain decoding gives them."""
     path = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
-    return request.param, open_path(path), decode_sequentially(path)[0]
+    return request.param, open_path(path), *decode_sequentially(path)
 
 
 def open_path(path):
@@ -219,20 +326,23 @@ def open_path(path):
 
 
 def requests(total):
-    """Index lists: dense, scattered, repeated, the last alone, at random."""
+    """Index lists: dense, scattered, repeated, the first and the last alone, at random."""
     rng = random.Random(7)
     yield list(range(total))
-    yield np.linspace(0, total - 1, min(total, 8)).astype(int).tolist()
+    for size in (7, 8):
+        yield np.linspace(0, total - 1, min(total, size)).astype(int).tolist()
     yield sorted([0, total // 2, total - 1] * 2)
+    yield [0]
     yield [total - 1]
-    for size in (1, 3, 9):
+    for size in (1, 2, 3, 5, 9, 11):
         yield sorted(rng.sample(range(total), min(total, size)))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 def test_every_read_equals_plain_decoding(clip, num_threads):
-    _, reader, frames = clip
+    _, reader, frames, _ = clip
     assert reader.metadata.total_num_frames == len(frames)
+    assert (reader.metadata.height, reader.metadata.width) == frames[0].shape[:2]
     for indices in requests(len(frames)):
         got, delivered = read_frames(reader, indices, num_threads)
         assert list(delivered) == indices
@@ -241,7 +351,7 @@ def test_every_read_equals_plain_decoding(clip, num_threads):
 
 
 def test_frames_carry_successive_numbers(clip):
-    kind, reader, frames = clip
+    kind, reader, frames, _ = clip
     if kind in NO_ROOM_FOR_A_NUMBER:
         pytest.skip("a picture of ten pixels holds no number")
     numbers = [read_number(frame) for frame in read_frames(reader, range(len(frames)), 2)[0]]
@@ -249,13 +359,65 @@ def test_frames_carry_successive_numbers(clip):
 
 
 def test_times_begin_at_zero_and_never_fall(clip):
-    metadata = clip[1].metadata
+    """Those of ordinary files are the ones that plain decoding gives."""
+    kind, reader, _, times = clip
+    metadata = reader.metadata
+    if kind in ORDINARY:
+        np.testing.assert_allclose(metadata.timestamps, np.array(times) - times[0], atol=1.1e-3)
     assert len(metadata.timestamps) == metadata.total_num_frames
     assert metadata.timestamps[0] == 0
     assert (np.diff(metadata.timestamps) >= 0).all()
     assert np.isfinite([metadata.fps, metadata.duration]).all()
     assert metadata.fps > 0
     assert metadata.duration >= metadata.timestamps[-1]
+
+
+def test_the_larger_of_two_streams_is_taken(tmp_path):
+    reader = open_path(make_two_streams(tmp_path))
+    assert (reader.metadata.width, reader.metadata.height) == (160, 96)
+    assert read_number(read_frames(reader, [7], 1)[0][0]) == 7
+
+
+def test_times_of_a_variable_rate_are_the_real_ones(tmp_path):
+    metadata = open_path(make_variable_rate(tmp_path)).metadata
+    expected = [(n if n < 20 else 20 + (n - 20) * 3) / 25 for n in range(60)]
+    np.testing.assert_allclose(metadata.timestamps, expected, atol=1e-4)
+
+
+def test_times_of_a_constant_rate_are_exactly_index_over_rate(tmp_path):
+    metadata = open_path(h264(tmp_path, "clip.mp4", rate="30000/1001")).metadata
+    assert metadata.fps == 30000 / 1001
+    assert metadata.timestamps.tolist() == [index / metadata.fps for index in range(60)]
+    assert metadata.duration == 60 / metadata.fps
+
+
+def test_an_edit_list_hides_what_comes_before_it(tmp_path):
+    reader = open_path(make_edit_list(tmp_path))
+    first = read_frames(reader, [0], 1)[0][0]
+    assert read_number(first) == 29  # the first at or after 1.13 s; decoding begins at the key frame 20
+    assert reader.metadata.timestamps[0] == 0
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_by_the_display_matrix(tmp_path, degrees):
+    source = h264(tmp_path, "clip.mp4", num_frames=20)
+    rotated, upright = tmp_path / "rotated.mp4", tmp_path / "upright.rgb"
+    if has_display_rotation():
+        ffmpeg("-display_rotation", degrees, "-i", source, "-c", "copy", rotated)
+    else:
+        ffmpeg("-i", source, "-c", "copy", "-metadata:s:v:0", f"rotate={degrees}", rotated)
+    reader = open_path(rotated)
+    assert reader.metadata.rotation_degrees % 360 in (degrees, 360 - degrees)
+    ffmpeg("-i", rotated, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", upright)
+    size = (reader.metadata.height, reader.metadata.width, 3)
+    expected = np.fromfile(upright, np.uint8).reshape(size).astype(int)
+    assert np.abs(read_frames(reader, [0], 1)[0][0] - expected).mean() < 2
+
+
+def has_display_rotation():
+    """Whether this ffmpeg writes the display matrix by an option of its own (from version 6 on)."""
+    text = subprocess.run(["ffmpeg", "-hide_banner", "-h", "full"], capture_output=True, text=True, check=True).stdout
+    return "-display_rotation" in text
 
 
 @pytest.mark.parametrize("maker", [make_bare_h264, make_h264_in_avi, make_appended, make_no_times, make_clock_wraps])
@@ -289,10 +451,17 @@ def test_frames_of_another_size_are_given_in_the_first_ones(tmp_path):
     assert [read_number(frame) for frame in got] == list(range(40))
 
 
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
+# Damaged files
+
+
+@pytest.fixture(scope="module", params=["mkv", "mp4"])
+def groups(request, tmp_path_factory):
     """Forty frames in closed groups of ten: the bytes, the packets, the frames."""
-    path = h264(tmp_path_factory.mktemp("groups"), "clip.mkv", num_frames=40)
+    return forty_frames(tmp_path_factory.mktemp("groups"), request.param)
+
+
+def forty_frames(folder, suffix):
+    path = h264(folder, f"clip.{suffix}", num_frames=40)
     return path.read_bytes(), packets(path), decode_sequentially(path)[0]
 
 
@@ -330,8 +499,9 @@ def test_a_lost_beginning_is_replaced_by_what_follows(tmp_path, wanted, shown):
     assert [read_number(frame) for frame in got] == shown
 
 
-def test_a_beginning_that_no_longer_says_it_is_a_key_frame_is_left_out(groups):
-    data, places, frames = groups
+def test_a_beginning_that_no_longer_says_it_is_a_key_frame_is_left_out(tmp_path):
+    """In Matroska, whose packets alone say it; the index of an MP4 goes on saying it."""
+    data, places, frames = forty_frames(tmp_path, "mkv")
     reader = open_video(BytesSource(blank(data, places[:10])))
     assert reader.metadata.total_num_frames == 30
     got, _ = read_frames(reader, range(30), 2)
@@ -368,3 +538,17 @@ def test_truncated_files_give_what_is_there(tmp_path, suffix):
         # The last packet may be half there, and what refers to it is concealed.
         sound = [index for index in range(max(total - 6, 0)) if np.array_equal(got[index], frames[index])]
         assert sound == list(range(max(total - 6, 0)))
+
+
+def test_a_truncated_mp4_with_its_index_in_front_gives_what_is_there(tmp_path):
+    path = h264(tmp_path, "clip.mp4", "-movflags", "+faststart", num_frames=100)
+    frames, _ = decode_sequentially(path)
+    data = path.read_bytes()
+    reader = open_video(BytesSource(data[: len(data) * 6 // 10]))
+    total = reader.metadata.total_num_frames
+    assert 30 < total < 90
+    got, delivered = read_frames(reader, range(total), 2)
+    exact = [index for index in range(total) if delivered[index] == index]
+    assert len(exact) >= total - 4
+    assert all(np.array_equal(got[index], frames[index]) for index in exact[:-2])
+    assert all(read_number(got[i]) == delivered[i] for i in range(total - 2))

@@ -1,7 +1,11 @@
-"""Patches against the formula, element by element, for every patch, merge and group size; and whoever writes them."""
+"""Patches lie where the reference and its formula put them, for every size, whoever writes first; and their pixels."""
 
 import itertools
+import random
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +14,16 @@ import torch.nn.functional as F
 
 from filmstrip.media.patches import PatchWriter, resize_frame, write_patches
 from filmstrip.types import FramePlan, PatchLayout
+
+
+def reference(frames, plan):
+    """``patchify`` of the reference processor: uint8 (T, C, H, W), padded by the last frame, viewed and permuted."""
+    size, group, merge = plan.layout.patch_size, plan.layout.temporal_patch_size, plan.layout.merge_size
+    video = torch.stack([torch.from_numpy(frame).permute(2, 0, 1) for frame in frames])
+    video = torch.cat([video, video[-1:].expand(-len(video) % group, -1, -1, -1)])
+    t, h, w = len(video) // group, plan.height // size, plan.width // size
+    view = video.view(t, group, 3, h // merge, merge, size, w // merge, merge, size)
+    return view.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * group * size * size)
 
 
 def element(frames, plan, row, column):
@@ -32,31 +46,36 @@ def element(frames, plan, row, column):
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize("size", [2, 14, 16])
-@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("size", [2, 4, 8, 14, 16])
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 7])
 def test_every_pixel_has_its_place(size, group, merge, num_frames):
     factor = size * merge
     plan = FramePlan(tuple(range(num_frames)), 2 * factor, 3 * factor, PatchLayout(size, group, merge))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(num_frames)
     frames = [rng.integers(0, 256, (plan.height, plan.width, 3), np.uint8) for _ in range(num_frames)]
-    patches = write_patches(lambda index: frames[index], plan, 2).array
-    assert patches.shape == plan.patches_shape
-    places = {(int(rng.integers(patches.shape[0])), int(rng.integers(patches.shape[1]))) for _ in range(300)}
-    corners = itertools.product((0, patches.shape[0] - 1), (0, patches.shape[1] - 1))
-    for row, column in {*places, *corners}:
-        assert patches[row, column] == element(frames, plan, row, column), (row, column)
+    patches = write_patches(lambda index: frames[index], plan, 2)
+    assert patches.array.shape == plan.patches_shape
+    assert torch.equal(patches.torch(), reference(frames, plan))
+    num_rows, num_columns = plan.patches_shape
+    places = {(int(rng.integers(num_rows)), int(rng.integers(num_columns))) for _ in range(100)}
+    for row, column in {*places, *itertools.product((0, num_rows - 1), (0, num_columns - 1))}:
+        assert patches.array[row, column] == element(frames, plan, row, column), (row, column)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (224, 160)])
-@pytest.mark.parametrize("source", [(30, 33), (97, 161), (480, 270), (64, 96)])
+@pytest.mark.parametrize("source", [(30, 33), (50, 70), (64, 96), (97, 161), (200, 31), (480, 270), (37, 640), (1, 1)])
 def test_resized_pixels_are_those_of_interpolate(source, height, width):
+    """PyTorch's own bicubic on unsigned bytes, which gives the same for both memory formats."""
     plan = FramePlan((0,), height, width, PatchLayout(16, 1, 1))
     frame = np.random.default_rng(1).integers(0, 256, (*source, 3), np.uint8)
-    channels_last = torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(channels_last, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    expected = channels_last if source == (height, width) else resized
-    blocks = expected[0].view(3, height // 16, 16, width // 16, 16).permute(1, 3, 0, 2, 4)
-    assert torch.equal(write_patches(lambda _: frame, plan, 1).torch(), blocks.reshape(plan.patches_shape))
+    batch = torch.from_numpy(frame).permute(2, 0, 1)[None]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        given = batch.contiguous(memory_format=memory_format)
+        resized = F.interpolate(given, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        expected = given if source == (height, width) else resized
+        assert torch.equal(resize_frame(frame, height, width), expected[0].permute(1, 2, 0))
+        blocks = expected[0].reshape(3, height // 16, 16, width // 16, 16).permute(1, 3, 0, 2, 4)
+        assert torch.equal(write_patches(lambda _: frame, plan, 1).torch(), blocks.reshape(plan.patches_shape))
 
 
 def test_views_and_read_only_frames_are_taken():
@@ -76,6 +95,43 @@ def test_each_frame_touches_only_its_own_place():
     assert int(written.sum()) == 32 * 64 * 3
 
 
+def test_order_of_writing_does_not_matter():
+    plan = FramePlan(tuple(range(9)), 64, 96, PatchLayout(16, 2, 2))
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (50, 70, 3), np.uint8) for _ in range(9)]
+    expected = write_patches(lambda index: frames[index], plan, 1).torch()
+    output = torch.zeros(plan.patches_shape, dtype=torch.uint8)
+    writer = PatchWriter(plan, output)
+    order = list(range(9))
+    random.Random(1).shuffle(order)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: writer.write(i, frames[i]), order))
+    assert torch.equal(output, expected)
+
+
+def test_writing_starts_no_threads():
+    """PyTorch's parallel copy would give each worker a team of its own; sixteen threads on four cores help nobody."""
+    script = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, torch
+from filmstrip.media.patches import PatchWriter
+from filmstrip.types import FramePlan, PatchLayout
+
+torch.set_num_threads(4)
+plan = FramePlan(tuple(range(8)), 512, 512, PatchLayout(16, 2, 2))
+writer = PatchWriter(plan, torch.zeros(plan.patches_shape, dtype=torch.uint8))
+frame = np.zeros((600, 700, 3), np.uint8)
+before = len(os.listdir("/proc/self/task"))
+with ThreadPoolExecutor(3) as workers:
+    barrier = threading.Barrier(3)
+    list(workers.map(lambda i: (barrier.wait(60), writer.write(i, frame)), range(3)))
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(shown.stdout) == 3
+
+
 def test_cancelling_stops_writing():
     cancel = threading.Event()
     plan = FramePlan(tuple(range(500)), 32, 32, PatchLayout(16, 2, 2))
@@ -89,3 +145,13 @@ def test_cancelling_stops_writing():
     with pytest.raises(InterruptedError):
         write_patches(frame, plan, 2, cancel)
     assert len(calls) <= 2
+
+
+def test_a_frame_that_cannot_be_had_is_an_error():
+    plan = FramePlan((0, 1), 32, 32, PatchLayout(16, 2, 2))
+
+    def broken(index):
+        raise OSError(f"frame {index}")
+
+    with pytest.raises(OSError, match="frame"):
+        write_patches(broken, plan, 2)
