@@ -154,6 +154,23 @@ def test_the_answer_is_streamed(new_page):
         expect(answer.locator(".cached")).to_have_text("16 of 30 prompt tokens from the cache")
 
 
+def test_the_end_of_a_long_conversation_stays_in_view(new_page):
+    llm = FakeLLM(script=[f"line {n}\n" for n in range(60)], step_seconds=0.02)
+    with serving(llm) as base_url:
+        page = new_page(base_url, viewport={"width": 1300, "height": 600})
+        log = page.get_by_role("log")
+        below = "log => log.scrollHeight - log.scrollTop - log.clientHeight"
+        ask(page, "Much?")
+        assert log.evaluate(below) < 2
+        page.get_by_label("Your question").fill("More?")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn.assistant .text").last).to_contain_text("line 20")
+        assert log.evaluate(below) < 2
+        log.evaluate("log => { log.scrollTop = 0; }")  # to read the beginning again
+        expect(page.locator(".turn.assistant").last).to_have_attribute("aria-busy", "false")
+        assert log.evaluate("log => log.scrollTop") == 0
+
+
 def test_an_answer_can_be_stopped(new_page):
     llm = FakeLLM(script=("On ", *["and on "] * 1000), step_seconds=0.02)
     with serving(llm) as base_url:

@@ -31,8 +31,20 @@ function newTurn(role, who) {
   const log = byId("log");
   log.hidden = false;
   log.append(turn);
-  log.scrollTop = log.scrollHeight;
+  scrollToEnd();
   return turn;
+}
+
+function scrollToEnd() {
+  byId("log").scrollTop = byId("log").scrollHeight;
+}
+
+/** Let the conversation grow, its end in view if it was: who scrolled up is reading something. */
+function stayAtEnd(grow) {
+  const log = byId("log");
+  const wasAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+  grow();
+  if (wasAtEnd) scrollToEnd();
 }
 
 /** An answer from the moment the question is sent. */
@@ -44,7 +56,8 @@ export class AnswerView {
     this.times = [];
     this.find(".phases").append(element("li", { class: "note", title: timeNote }, "as seen from this browser"));
     this.enter("prompt");
-    this.timer = setInterval(() => this.tick(), 100);
+    this.timer = setInterval(() => stayAtEnd(() => this.tick()), 100);
+    scrollToEnd();
   }
 
   find(selector) {
@@ -53,12 +66,16 @@ export class AnswerView {
 
   /** The next phase begins: "prompt", "prefill" or "answer". */
   enter(phase) {
+    stayAtEnd(() => this.showPhase(phase));
+    announce(spoken[phase]);
+  }
+
+  showPhase(phase) {
     this.leave();
     const label = element("li", { class: "now" });
     this.find(".note").before(label);
     this.times.push({ phase, started: performance.now(), label });
     this.tick();
-    announce(spoken[phase]);
   }
 
   leave() {
@@ -79,27 +96,31 @@ export class AnswerView {
   add(delta) {
     if (this.times.at(-1).phase !== "answer") this.enter("answer");
     this.text += delta;
-    const log = byId("log");
-    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // who scrolled up is reading something
-    this.find(".text").textContent = this.text;
-    if (isAtEnd) log.scrollTop = log.scrollHeight;
+    stayAtEnd(() => (this.find(".text").textContent = this.text));
   }
 
   /** The last words: how it ended, token counts (null if it was stopped), what was looked at. */
   end(finishReason, usage, media) {
-    this.close();
+    stayAtEnd(() => {
+      this.close();
+      this.showEnd(finishReason, usage, media);
+    });
+    announce(finishReason === "stopped" ? "Stopped." : "The answer is complete.");
+  }
+
+  showEnd(finishReason, usage, media) {
     const notes = this.find(".notes");
     if (usage) notes.append(...this.countNotes(usage));
     for (const item of media ?? []) notes.append(element("span", {}, mediaNote(item)));
     if (finishReason === "length") notes.append(element("span", {}, "Cut at the longest answer that was allowed."));
     if (finishReason === "stopped") notes.append(element("span", {}, "Stopped."));
-    announce("The answer is complete.");
-    byId("log").scrollTop = byId("log").scrollHeight;
   }
 
   fail(message) {
-    this.close();
-    this.find(".notes").append(element("span", { class: "error", role: "alert" }, message));
+    stayAtEnd(() => {
+      this.close();
+      this.find(".notes").append(element("span", { class: "error", role: "alert" }, message));
+    });
   }
 
   close() {
