@@ -28,7 +28,8 @@ def test_flags_in_documents_exist(document):
             [sys.executable, "-m", "filmstrip.cli.main", *command, "--help"], capture_output=True, text=True, check=True
         ).stdout
         known |= set(re.findall(r"--[a-z][a-z-]+", help_text))
-    for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "fuzz" / "__main__.py"):
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "src" / "filmstrip" / "demo").glob("*.py")]
+    for script in (*scripts, ROOT / "tests" / "fuzz" / "__main__.py"):
         known |= set(re.findall(r"\"(--[a-z][a-z-]+)\"", script.read_text()))
     assert not named - known
 

@@ -68,7 +68,7 @@ class Shown:
 
     def view(self) -> View:
         """What it shows, at the frames that were sampled."""
-        return View(self.scene(), self.frame_seconds)
+        return View(self.scene(), self.frame_seconds or (0.0,))
 
     def media(self, layout: PatchLayout) -> PlannedMedia:
         """How it stands in a prompt."""

@@ -39,6 +39,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_
 from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
 from filmstrip.demo.questions import WEIGHTS, Question, ask_in_turn, ask_of_picture, ask_of_two, ask_some
 from filmstrip.demo.recipe import make_model, write_checkpoint
+from filmstrip.demo.teacher import Cells, Teacher, cells_of
 
 ATTENTION_NAME = "filmstrip_demo_training"
 
@@ -46,7 +47,7 @@ _ITEMS_PER_DRAW = 64
 _MAX_GROUPS_OF_TWO = 40
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
 _DRAWN_AHEAD = 4
-_MUON_SCALE = 4.0
+_MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
@@ -67,6 +68,7 @@ class Sample:
     kinds: list[tuple[str, int]]
     """Kind of each answer, and how many tokens it has."""
     pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]]
+    cells: dict[str, list[Cells]]
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Batch:
     targets: torch.Tensor
     kinds: list[tuple[str, int]]
     pixels: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    cells: dict[str, Cells]
 
 
 def pack(
@@ -103,9 +106,12 @@ def pack(
         segments += [number] * length
         positions.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
     pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]] = defaultdict(list)
+    cells: dict[str, list[Cells]] = defaultdict(list)
+    cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
     for item in items:
         pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
-    return Sample(tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds, pixels)
+        cells[item[1].kind].append(cells_of(item[1].view(), item[1].height, item[1].width, cell_pixels))
+    return Sample(tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds, pixels, cells)
 
 
 def collate(samples: list[Sample], pad_token: int) -> Batch:
@@ -131,9 +137,11 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
         if parts:
             patches = torch.from_numpy(np.concatenate([patches for patches, _ in parts]))
             pixels[kind] = (patches, torch.tensor([grid for _, grid in parts]))
+    facts = {kind: [part for sample in samples for part in sample.cells.get(kind, ())] for kind in pixels}
+    cells = {kind: Cells.join(parts) for kind, parts in facts.items()}
     targets = torch.from_numpy(np.flatnonzero(is_answer))
     kinds = [kind for sample in samples for kind in sample.kinds]
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds, pixels)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds, pixels, cells)
 
 
 class Drawer:
@@ -263,12 +271,24 @@ def _attend(
 AttentionInterface.register(ATTENTION_NAME, _attend_masked)
 
 
+def watch(model: Qwen3VLForConditionalGeneration, batch: Batch) -> dict[str, torch.Tensor]:
+    """Features of the merged tokens of videos and of pictures, (num_tokens, hidden_size)."""
+    return {
+        kind: model.model.visual(_normalized(pixels), grid_thw=grids).pooler_output
+        for kind, (pixels, grids) in batch.pixels.items()
+    }
+
+
+def _normalized(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
 def predict(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits for every answer token, float32 (num_targets, vocabulary), and the tokens themselves."""
     inputs: dict[str, torch.Tensor] = {}
     for kind, (pixels, grids) in batch.pixels.items():
         pixel_name, grid_name = _INPUT_NAMES[kind]
-        inputs[pixel_name] = pixels.float().div_(127.5).sub_(1.0)
+        inputs[pixel_name] = _normalized(pixels)
         inputs[grid_name] = grids
     hidden = model.model(
         input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False, **inputs
@@ -283,6 +303,12 @@ class Scores:
     def __init__(self) -> None:
         self._right: dict[str, int] = defaultdict(int)
         self._asked: dict[str, int] = defaultdict(int)
+        self._seen: dict[str, list[float]] = defaultdict(list)
+
+    def see(self, seen: dict[str, float]) -> None:
+        """Note what the teacher could read."""
+        for name, value in seen.items():
+            self._seen[name].append(value)
 
     def add(self, logits: torch.Tensor, wanted: torch.Tensor, kinds: list[tuple[str, int]]) -> None:
         """Count the answers of a batch."""
@@ -296,7 +322,8 @@ class Scores:
     def shares(self) -> dict[str, float]:
         """Share of right answers by kind, and of all."""
         shares = {kind: round(self._right[kind] / asked, 3) for kind, asked in sorted(self._asked.items())}
-        return {"all": round(sum(self._right.values()) / max(sum(self._asked.values()), 1), 3), **shares}
+        seen = {name: round(sum(values) / len(values), 3) for name, values in self._seen.items()}
+        return {"all": round(sum(self._right.values()) / max(sum(self._asked.values()), 1), 3), **shares, **seen}
 
 
 @dataclass
@@ -305,12 +332,13 @@ class State:
 
     model: Qwen3VLForConditionalGeneration
     average: Qwen3VLForConditionalGeneration
+    teacher: Teacher
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     draw: int = 0
 
 
-def _optimizers(model: Qwen3VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Qwen3VLForConditionalGeneration, teacher: Teacher) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers, AdamW for tables, patches, biases and norms."""
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -320,6 +348,7 @@ def _optimizers(model: Qwen3VLForConditionalGeneration) -> list[torch.optim.Opti
             tables.append(parameter)
         else:
             matrices.append(parameter)
+    tables.extend(teacher.parameters())
     groups = [{"params": tables, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -331,8 +360,8 @@ def _average_gradients(parameters: list[torch.nn.Parameter], num_workers: int) -
     """Mean of all workers' gradients in each of them."""
     if num_workers == 1:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
     distributed.all_reduce(flat)
     flat.div_(num_workers)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -348,6 +377,7 @@ class Trainer:
         self._tokenizer: PreTrainedTokenizerFast = self._watcher.tokenizer.hf
         self._pool = Pool(self._work / "pool")
         self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens)
+        self._watched: list[torch.Tensor] = []
         self._state = self._start()
 
     def run(self) -> None:
@@ -388,12 +418,16 @@ class Trainer:
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
-        state = State(model, average, _optimizers(model))
+        torch.manual_seed(self._arguments.seed)
+        teacher = Teacher(model.lm_head.in_features)
+        model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
+        state = State(model, average, teacher, _optimizers(model, teacher))
         path = self._work / "state.pt"
         if path.exists():
             saved = torch.load(path, weights_only=True)
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
+            teacher.load_state_dict(saved["teacher"])
             for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
@@ -406,6 +440,7 @@ class Trainer:
             {
                 "model": state.model.state_dict(),
                 "average": state.average.state_dict(),
+                "teacher": state.teacher.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
                 "step": state.step,
                 "draw": state.draw,
@@ -425,17 +460,32 @@ class Trainer:
 
     def _step(self, batch: Batch, scores: Scores) -> float:
         state = self._state
+        self._watched.clear()
+        is_watching = state.step < self._arguments.watch_steps
         with torch.autocast("cpu", torch.bfloat16):
-            logits, wanted = predict(state.model, batch)
-        loss = F.cross_entropy(logits, wanted)
+            if is_watching:
+                logits, wanted = None, None
+                watch(state.model, batch)
+            else:
+                logits, wanted = predict(state.model, batch)
+        # Transformers encodes pictures before videos; watch() goes in the batch's order.
+        kinds = list(batch.pixels) if is_watching else sorted(batch.pixels)
+        lessons = [
+            state.teacher(features, batch.cells[kind]) for kind, features in zip(kinds, self._watched, strict=True)
+        ]
+        sizes = [len(batch.cells[kind].colours) for kind in kinds]
+        loss = torch.stack([lesson[0] * size for lesson, size in zip(lessons, sizes, strict=True)]).sum() / sum(sizes)
+        scores.see(lessons[-1 if kinds[-1] == "video" else 0][1])
+        if logits is not None and wanted is not None:
+            loss = F.cross_entropy(logits, wanted) + self._arguments.teacher_weight * loss
+            scores.add(logits.detach(), wanted, batch.kinds)
         loss.backward()
-        parameters = list(state.model.parameters())
+        parameters = [*state.model.parameters(), *state.teacher.parameters()]
         _average_gradients(parameters, self._arguments.workers)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        scores.add(logits.detach(), wanted, batch.kinds)
         decay = min(self._arguments.average_decay, (1 + state.step) / (10 + state.step))
         with torch.no_grad():
             averages, values = state.average.parameters(), state.model.parameters()
@@ -489,6 +539,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warm-up-steps", type=int, default=100)
+    parser.add_argument("--watch-steps", type=int, default=800, help="at first, for the vision tower alone")
+    parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
     parser.add_argument("--log-steps", type=int, default=50)
