@@ -181,6 +181,21 @@ async def test_killed_workers_and_templates_are_replaced():
     assert not children()
 
 
+@linux_only
+async def test_workers_stand_behind_everybody_else():
+    async with loading() as loader:
+        await loader.open(await loader.fetch(good()))
+        (template,) = psutil.Process().children()
+        (worker,) = template.children()
+        assert worker.nice() - psutil.Process().nice() == 10
+        groups = [Path(f"/proc/{pid}/autogroup") for pid in (os.getpid(), template.pid, worker.pid)]
+        if groups[0].exists():  # the kernel groups processes by session
+            ours, templates, workers = [path.read_text().split() for path in groups]
+            assert templates == workers
+            assert ours[0] != workers[0]
+            assert workers[-1] == "10"
+
+
 async def test_cancelling_ends_the_worker_at_once():
     async with loading() as loader:
         await loader.start()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, BinaryIO, Protocol
 
 _CHUNK_BYTES = 1 << 20
@@ -21,6 +22,8 @@ _MAX_PACKED_MEMORY_BYTES = 32 << 20
 _MAX_REMEMBERED_FILES = 1024
 # A file changed less than this ago may change again without its time stamp showing it (clocks of file systems are coarse).
 _SETTLED_SECONDS = 3.0
+_CANCEL_CHECK_SECONDS = 0.1
+_NICENESS = 10
 
 
 class MediaSource(Protocol):
@@ -216,8 +219,16 @@ def _hash_of_file(fd: int, num_bytes: int, cancel: threading.Event | None) -> st
     starts = range(0, max(num_bytes, 1), _HASH_CHUNK_BYTES)
     if len(starts) == 1:
         return _join_digests([digest_of(0)])
-    with ThreadPoolExecutor(min(_MAX_HASH_THREADS, len(starts)), thread_name_prefix="filmstrip-hash") as threads:
-        return _join_digests(list(threads.map(digest_of, starts)))
+    return _join_digests(list(_HASH_THREADS.map(digest_of, starts)))
+
+
+def _stand_back() -> None:
+    """Let this thread stand behind others when cores are short: hashing an hour of video must not hold up an answer."""
+    if sys.platform == "linux":  # where threads have priorities of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+_HASH_THREADS = ThreadPoolExecutor(_MAX_HASH_THREADS, thread_name_prefix="filmstrip-hash", initializer=_stand_back)
 
 
 class _FileHashes:
@@ -226,20 +237,33 @@ class _FileHashes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._hashes: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._being_read: dict[tuple[int, ...], Future[None]] = {}
 
     def hash_of(self, owner: FileSource, fd: int, cancel: threading.Event | None) -> str:
-        """The hash of the file ``fd``, read only if its identity is new or too young to be trusted."""
+        """The hash of the file ``fd``, read only if its identity is new or too young to be trusted; by one at a time."""
         before = _identity(fd)
-        with self._lock:
-            known = self._hashes.get(before)
-            if known is not None:
-                self._hashes.move_to_end(before)
-                return known
-        content_hash = _hash_of_file(fd, owner.num_bytes, cancel)
-        changed_seconds = os.fstat(fd).st_ctime
-        if _identity(fd) == before and time.time() - changed_seconds > _SETTLED_SECONDS:
-            self._remember(before, content_hash)
-        return content_hash
+        if not _is_settled(fd):
+            return _hash_of_file(fd, owner.num_bytes, cancel)
+        while True:
+            with self._lock:
+                known = self._hashes.get(before)
+                if known is not None:
+                    self._hashes.move_to_end(before)
+                    return known
+                other = self._being_read.get(before)
+                if other is None:
+                    mine = self._being_read[before] = Future()
+                    break
+            _wait_for(other, cancel)  # it may have been given up: then it is ours to read
+        try:
+            content_hash = _hash_of_file(fd, owner.num_bytes, cancel)
+            if _identity(fd) == before:
+                self._remember(before, content_hash)
+            return content_hash
+        finally:
+            with self._lock:
+                del self._being_read[before]
+            mine.set_result(None)
 
     def _remember(self, identity: tuple[int, ...], content_hash: str) -> None:
         with self._lock:
@@ -249,6 +273,16 @@ class _FileHashes:
 
 
 _FILE_HASHES = _FileHashes()
+
+
+def _is_settled(fd: int) -> bool:
+    return time.time() - os.fstat(fd).st_ctime > _SETTLED_SECONDS
+
+
+def _wait_for(other: Future[None], cancel: threading.Event | None) -> None:
+    while not wait([other], timeout=_CANCEL_CHECK_SECONDS).done:
+        if cancel is not None and cancel.is_set():
+            raise InterruptedError("reading the file was cancelled")
 
 
 def _identity(fd: int) -> tuple[int, ...]:

@@ -48,8 +48,9 @@ from filmstrip.types import ImageMetadata, TimeSeriesMetadata, VideoMetadata
 logger = logging.getLogger(__name__)
 
 PID = struct.Struct("<i")
-_NICENESS = 5
-"""Behind the engine and the server when cores are short: answers under way should not stop for a video that arrives."""
+_NICENESS = 10
+"""Behind the engine and the server when cores are short: answers under way should not stop for a video that arrives. A tenth
+of a busy core is left for decoding."""
 
 
 def main() -> None:
@@ -67,6 +68,7 @@ def main() -> None:
         importlib.import_module(arguments.faults)
     with contextlib.closing(socket.socket(fileno=arguments.descriptor)) as control:
         _prepare(arguments.decoder)
+        _lower_priority_of_session()
         if not sandbox.is_supported():
             logger.warning("this system cannot filter system calls: decoders run with resource limits only")
         _serve_template(control, arguments.max_memory_bytes)
@@ -88,6 +90,16 @@ def _prepare(decoders: list[str]) -> None:
     "".encode("idna")
     gc.collect()
     gc.freeze()
+
+
+def _lower_priority_of_session() -> None:
+    """Let all processes of this session together count as one of ``_NICENESS``.
+
+    Where Linux groups processes by session (``sched_autogroup_enabled``, sched(7)), cores are shared out between sessions
+    first, and niceness counts only within one: without this, the engine's session would get no more than this one.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+        file.write(str(_NICENESS))
 
 
 def _serve_template(control: socket.socket, max_memory_bytes: int) -> None:
