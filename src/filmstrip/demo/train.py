@@ -453,10 +453,11 @@ class Trainer:
         write_checkpoint(self._work / "model", self._tokenizer, published)
 
     def _rate(self) -> float:
-        """Share of the full learning rate: a warm-up, a plateau, and a linear way down to nothing at the end."""
+        """Share of the full learning rate: a plateau, a linear way down to nothing, and a warm-up of each of both parts."""
         step, arguments = self._state.step, self._arguments
         way_down = arguments.steps * arguments.decay_share
-        return min((step + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
+        since = step - arguments.watch_steps if step >= arguments.watch_steps else step
+        return min((since + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
 
     def _step(self, batch: Batch, scores: Scores) -> float:
         state = self._state
@@ -535,11 +536,11 @@ def main() -> None:
     """Train, or go on training."""
     parser = argparse.ArgumentParser(prog="python -m filmstrip.demo.train", description=__doc__)
     parser.add_argument("work", help="folder with the pool, the state and the log")
-    parser.add_argument("--steps", type=int, default=20_000, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12_000, help="(default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warm-up-steps", type=int, default=100)
-    parser.add_argument("--watch-steps", type=int, default=800, help="at first, for the vision tower alone")
+    parser.add_argument("--watch-steps", type=int, default=1000, help="at first, for the vision tower alone")
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
