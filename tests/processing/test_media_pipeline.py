@@ -85,7 +85,7 @@ async def start(pipeline, *items):
 
 
 async def test_the_same_pixels_are_decoded_once(pipeline):
-    loader = pipeline._loader
+    loader = pipeline.loader
     tasks = await start(pipeline, *[item()] * 5, item(num_frames=4))
     assert loader.num_reads == 2
     loader.go.set()
@@ -101,7 +101,7 @@ async def test_the_same_pixels_are_decoded_once(pipeline):
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])
 async def test_whoever_leaves_the_others_get_their_pixels(pipeline, leaver):
-    loader = pipeline._loader
+    loader = pipeline.loader
     tasks = await start(pipeline, *[item()] * 3)
     tasks[leaver].cancel()
     await asyncio.sleep(0.01)
@@ -113,7 +113,7 @@ async def test_whoever_leaves_the_others_get_their_pixels(pipeline, leaver):
 
 
 async def test_when_all_leave_the_decode_stops_and_the_next_starts_anew(pipeline):
-    loader = pipeline._loader
+    loader = pipeline.loader
     tasks = await start(pipeline, *[item()] * 2)
     for task in tasks:
         task.cancel()
@@ -125,7 +125,7 @@ async def test_when_all_leave_the_decode_stops_and_the_next_starts_anew(pipeline
 
 
 async def test_a_failed_decode_fails_all_who_wait_and_is_not_kept(pipeline):
-    loader = pipeline._loader
+    loader = pipeline.loader
     loader.fail = True
     tasks = await start(pipeline, *[item()] * 3)
     loader.go.set()
@@ -137,7 +137,7 @@ async def test_a_failed_decode_fails_all_who_wait_and_is_not_kept(pipeline):
 
 
 async def test_the_cache_keeps_the_latest_within_its_bytes(pipeline):
-    loader = pipeline._loader
+    loader = pipeline.loader
     loader.go.set()
     one = (await read(pipeline, item("a"))).num_bytes
     pipeline._max_cache_bytes = 3 * one
@@ -160,7 +160,7 @@ async def test_closing_stops_what_is_under_way(pipeline):
     await pipeline.close()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert pipeline._loader.opened[0].closed
+    assert pipeline.loader.opened[0].closed
     assert threading.active_count() < 50
 
 

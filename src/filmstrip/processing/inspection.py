@@ -22,10 +22,10 @@ from filmstrip.processing.base import Processor
 from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.media_pipeline import MediaPipeline
+from filmstrip.processing.placeholders import count_prompt_tokens
 from filmstrip.processing.preview import (
     ItemPreview,
     Thumbnails,
-    count_prompt_tokens,
     preview_item,
     read_thumbnails,
 )

@@ -97,7 +97,7 @@ class MediaPipeline:
     ) -> None:
         self.stats = MediaCacheStats()
         self._max_video_duration_seconds = max_video_duration_seconds
-        self._loader, self._processor, self._max_cache_bytes = loader, processor, max_cache_bytes
+        self.loader, self._processor, self._max_cache_bytes = loader, processor, max_cache_bytes
         self._max_cache_items = max_kept_tensors()
         self._cache: OrderedDict[str, ProcessedMedia] = OrderedDict()
         self._decodes: dict[str, _Decode] = {}
@@ -107,7 +107,7 @@ class MediaPipeline:
         for decode in list(self._decodes.values()):
             decode.task.cancel()
         self._cache.clear()
-        await self._loader.close()
+        await self.loader.close()
 
     async def plan(self, item: MediaItem, *, fit: bool = False) -> PlannedItem:
         """Fetch ``item`` and decide what of it is shown; raises the MediaError family.
@@ -118,13 +118,13 @@ class MediaPipeline:
             taken = " and ".join(sorted(f"{modality}_url" for modality in self._processor.modalities))
             message = f"the model takes no {item.type}_url; it takes {taken or 'text only'}"
             raise InvalidRequestError(message, param=item.param)
-        fetched = await self._loader.fetch(item)
+        fetched = await self.loader.fetch(item)
         processed = self._cached(_cache_key(fetched))
         if processed is not None:
             self.stats.hits += 1
             return _planned(fetched, processed.media, processed.metadata, processed=processed)
         self.stats.misses += 1
-        opened = await self._loader.open(fetched)
+        opened = await self.loader.open(fetched)
         try:
             assert isinstance(opened.metadata, VideoMetadata | ImageMetadata)
             item, notes = self._within_duration(item, opened.metadata, fit=fit)
@@ -191,7 +191,7 @@ class MediaPipeline:
             planned.close()
             return ready
         if planned.opened is None and planned.cache_key not in self._decodes:
-            planned.opened = await self._loader.open(planned.fetched)  # what was cached is not what is wanted now
+            planned.opened = await self.loader.open(planned.fetched)  # what was cached is not what is wanted now
         decode = self._decodes.get(planned.cache_key)
         if decode is None:
             decode = self._start_decode(planned)
@@ -226,7 +226,7 @@ class MediaPipeline:
 
     async def _decode(self, planned: PlannedItem, opened: OpenedMedia) -> ProcessedMedia:
         plan = planned.media.plan
-        patches, frame_indices = await self._loader.read(opened, plan)
+        patches, frame_indices = await self.loader.read(opened, plan)
         media, notes = planned.media, []
         if isinstance(planned.metadata, VideoMetadata):
             media = PlannedMedia(media.modality, plan, _timestamps(planned.metadata, frame_indices))

@@ -91,3 +91,15 @@ def mrope_positions(num_tokens: int, placed: Sequence[tuple[int, Placeholder]]) 
     positions[:, index:] = np.arange(current, current + num_tokens - index)
     current += num_tokens - index
     return positions, current - num_tokens
+
+
+def count_prompt_tokens(pieces: Sequence[Piece], num_text_tokens: Callable[[str], int]) -> int:
+    """Tokens of a prompt that is not laid out: it may be far longer than any context. Neighbouring texts count as one."""
+    num_tokens, text = 0, ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        num_tokens += num_text_tokens(text) + (piece.length if isinstance(piece, Placeholder) else 1)
+        text = ""
+    return num_tokens + num_text_tokens(text)

@@ -7,8 +7,7 @@ preview says what an answer shows. Knows no HTTP and no engine.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,9 @@ import numpy as np
 from filmstrip.media.contact_sheet import frames_from, thumbnail_plan
 from filmstrip.media.loader import Metadata
 from filmstrip.media.modalities import evenly_spread
-from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.fitting import Fitting
 from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem
-from filmstrip.processing.messages import Conversation, parse_media_options, parse_messages
-from filmstrip.processing.placeholders import Piece, Placeholder
-from filmstrip.processing.prompt_builder import PromptBuilder, _fit_note, _is_fit, _num_tokens
+from filmstrip.processing.prompt_builder import PromptBuilder, is_fit, num_media_tokens
 from filmstrip.processing.tasks import gather_or_cancel
 from filmstrip.types import FramePlan, MediaItem, Modality, VideoMetadata
 
@@ -126,18 +122,6 @@ def _facts(metadata: Metadata) -> dict[str, Any]:
     return facts
 
 
-def count_prompt_tokens(pieces: Sequence[Piece], num_text_tokens: Callable[[str], int]) -> int:
-    """Tokens of a prompt that is not laid out: it may be far longer than any context. Neighbouring texts count as one."""
-    num_tokens, text = 0, ""
-    for piece in pieces:
-        if isinstance(piece, str):
-            text += piece
-            continue
-        num_tokens += num_text_tokens(text) + (piece.length if isinstance(piece, Placeholder) else 1)
-        text = ""
-    return num_tokens + num_text_tokens(text)
-
-
 def preview_item(planned: PlannedItem) -> ItemPreview:
     """What is known of an item once it is planned."""
     media = planned.media
@@ -147,7 +131,7 @@ def preview_item(planned: PlannedItem) -> ItemPreview:
         planned.metadata,
         media.plan,
         media.timestamps,
-        _num_tokens(media),
+        num_media_tokens(media),
         planned.fetched.num_bytes,
         planned.processed is not None,
         planned.notes,
@@ -164,7 +148,7 @@ async def read_thumbnails(
     plan = planned.media.plan
     wanted = evenly_spread(plan.frame_indices, max_frames)
     small = thumbnail_plan(wanted, plan.height, plan.width, max_edge)
-    loader = pipeline._loader
+    loader = pipeline.loader
     opened = planned.opened or await loader.open(planned.fetched)  # what is cached has no open file
     try:
         patches, delivered = await loader.read(opened, small)
@@ -205,15 +189,15 @@ class Previewer:
         Fetches the media and reads their headers; decodes nothing. Raises the InvalidRequestError family for what an answer
         would be refused for, except for a prompt that is too long.
         """
-        conversation = self._parse(messages, media_io_kwargs, mm_processor_kwargs)
-        pieces = await asyncio.to_thread(
-            self._prompts._template.render,
-            conversation.messages,
+        conversation = self._prompts.parse(messages, media_io_kwargs, mm_processor_kwargs)
+        pieces = await self._prompts.render(
+            conversation,
+            chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            template_kwargs=chat_template_kwargs,
         )
-        async with self._planned(conversation, pieces, max_model_len, media_overflow) as planned:
+        fit = is_fit(media_overflow)
+        async with self._prompts.planned(pieces, conversation.items, max_model_len, fit=fit) as planned:
             return await asyncio.to_thread(self._preview, pieces, planned, max_model_len)
 
     async def thumbnails(
@@ -235,63 +219,33 @@ class Previewer:
         ``max_thumbnails`` are shared out evenly, at least one for each item. Raises as :meth:`preview`, and the MediaError
         family for what cannot be decoded.
         """
-        conversation = self._parse(messages, media_io_kwargs, mm_processor_kwargs)
+        conversation = self._prompts.parse(messages, media_io_kwargs, mm_processor_kwargs)
         pieces: list[str | int] = []
-        if _is_fit(media_overflow):  # only then the words have a say in which frames are shown
-            pieces = await asyncio.to_thread(
-                self._prompts._template.render,
-                conversation.messages,
+        fit = is_fit(media_overflow)
+        if fit:  # only then the words have a say in which frames are shown
+            pieces = await self._prompts.render(
+                conversation,
+                chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                template_kwargs=chat_template_kwargs,
             )
         share = max(1, max_thumbnails // max(len(conversation.items), 1))
-        async with self._planned(conversation, pieces, max_model_len, media_overflow) as planned:
+        async with self._prompts.planned(pieces, conversation.items, max_model_len, fit=fit) as planned:
             reads = [
                 read_thumbnails(self._prompts.pipeline, item, max_edge=max_edge, max_frames=share) for item in planned
             ]
             return await gather_or_cancel(reads)
 
-    def _parse(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        media_io_kwargs: Mapping[str, Any] | None,
-        mm_processor_kwargs: Mapping[str, Any] | None,
-    ) -> Conversation:
-        prompts = self._prompts
-        options = parse_media_options(media_io_kwargs, mm_processor_kwargs, prompts._default_options)
-        return parse_messages(messages, options, max_items=prompts._max_items, limits=prompts._limits)
-
-    @contextlib.asynccontextmanager
-    async def _planned(
-        self, conversation: Conversation, pieces: list[str | int], max_model_len: int, media_overflow: str | None
-    ) -> AsyncIterator[list[PlannedItem]]:
-        """The items planned as they would be shown; closed at the end."""
-        fit, pipeline = _is_fit(media_overflow), self._prompts.pipeline
-        planned = await gather_or_cancel(
-            [pipeline.plan(item, fit=fit) for item in conversation.items], discard=PlannedItem.close
-        )
-        try:
-            if fit and planned:
-                less = await asyncio.to_thread(self._prompts._fitting_items, pieces, planned, max_model_len)
-                for place, item in enumerate(less):
-                    note = _fit_note(planned[place], max_model_len)
-                    planned[place] = pipeline.replan(planned[place], item, note)
-            yield planned
-        finally:
-            for item in planned:
-                item.close()
-
     def _preview(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> PromptPreview:
         media = [item.media for item in planned]
-        num_tokens = self._num_tokens(pieces, media)
+        num_tokens = self._prompts.num_prompt_tokens(pieces, media)
         fits = num_tokens < max_model_len
         advice, fitted = None, None
         if not fits and planned:
             fitting = Fitting(
                 planned,
                 lambda item, before: self._prompts.pipeline.plan_media(item, before.metadata),
-                lambda less: self._num_tokens(pieces, less) < max_model_len,
+                lambda less: self._prompts.num_prompt_tokens(pieces, less) < max_model_len,
             )
             advice = fitting.advice()
             fitted = self._fitted(fitting.fit(), planned)
@@ -307,11 +261,6 @@ class Previewer:
             for item, before in zip(items, planned, strict=True)
         ]
         return tuple(
-            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, _num_tokens(each))
+            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, num_media_tokens(each))
             for each in media
         )
-
-    def _num_tokens(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> int:
-        prompts = self._prompts
-        expanded = prompts._processor.expand(pieces, media)
-        return count_prompt_tokens(expanded, lambda text: len(prompts.tokenizer.encode_text(text)))

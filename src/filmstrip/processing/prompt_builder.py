@@ -6,7 +6,8 @@ Phase one loads headers and plans; then the prompt's length is known and checked
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from filmstrip.config import LLMConfig
@@ -17,8 +18,8 @@ from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.fitting import Fitting
 from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem, ProcessedMedia
-from filmstrip.processing.messages import MediaOptions, parse_media_options, parse_messages
-from filmstrip.processing.placeholders import Assembled, assemble
+from filmstrip.processing.messages import Conversation, MediaOptions, parse_media_options, parse_messages
+from filmstrip.processing.placeholders import Assembled, assemble, count_prompt_tokens
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tasks import gather_or_cancel
 from filmstrip.processing.tokenizer import Tokenizer
@@ -76,17 +77,73 @@ class PromptBuilder:
         ``media_overflow`` "error" (or None) refuses media that do not fit the context, "fit" shows less of them.
         Raises the InvalidRequestError family, ContextLengthError before anything is decoded.
         """
+        conversation = self.parse(messages, media_io_kwargs, mm_processor_kwargs)
+        pieces = await self.render(
+            conversation,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        fit = is_fit(media_overflow)
+        return await self._prepare(pieces, conversation.items, max_model_len, report, fit=fit)
+
+    def parse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        media_io_kwargs: Mapping[str, Any] | None,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+    ) -> Conversation:
+        """Messages and settings as a request gives them, checked; raises InvalidRequestError."""
         options = parse_media_options(media_io_kwargs, mm_processor_kwargs, self._default_options)
-        conversation = parse_messages(messages, options, max_items=self._max_items, limits=self._limits)
-        pieces = await asyncio.to_thread(
+        return parse_messages(messages, options, max_items=self._max_items, limits=self._limits)
+
+    async def render(
+        self,
+        conversation: Conversation,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[str | int]:
+        """What the chat template makes of a conversation: texts, and one token for each media item."""
+        return await asyncio.to_thread(
             self._template.render,
             conversation.messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
         )
-        fit = _is_fit(media_overflow)
-        return await self._prepare(pieces, conversation.items, max_model_len, report, fit=fit)
+
+    @contextlib.asynccontextmanager
+    async def planned(
+        self,
+        pieces: list[str | int],
+        items: Sequence[MediaItem],
+        max_model_len: int,
+        *,
+        fit: bool,
+        report: Callable[[Progress], None] = lambda _: None,
+    ) -> AsyncIterator[list[PlannedItem]]:
+        """The items fetched and planned, with ``fit`` so that they fit the context; closed at the end."""
+        fetched = _Counter("fetch", len(items), report)
+        planned = await gather_or_cancel(
+            [fetched.count(self.pipeline.plan(item, fit=fit)) for item in items], discard=PlannedItem.close
+        )
+        try:
+            if fit and planned:
+                less = await asyncio.to_thread(self._fitting_items, pieces, planned, max_model_len)
+                for place, item in enumerate(less):
+                    note = _fit_note(planned[place], max_model_len)
+                    planned[place] = self.pipeline.replan(planned[place], item, note)
+            yield planned
+        finally:
+            for item in planned:
+                item.close()
+
+    def num_prompt_tokens(self, pieces: Sequence[str | int], media: Sequence[PlannedMedia]) -> int:
+        """Tokens of a prompt, counted without laying it out: it may be far longer than any context."""
+        expanded = self._processor.expand(list(pieces), media)
+        return count_prompt_tokens(expanded, lambda text: len(self.tokenizer.encode_text(text)))
 
     async def start(self) -> None:
         """Get the decoders ready."""
@@ -112,24 +169,12 @@ class PromptBuilder:
         *,
         fit: bool,
     ) -> ProcessedPrompt:
-        fetched = _Counter("fetch", len(items), report)
-        planned = await gather_or_cancel(
-            [fetched.count(self.pipeline.plan(item, fit=fit)) for item in items], discard=PlannedItem.close
-        )
-        try:
-            if fit and planned:
-                less = await asyncio.to_thread(self._fitting_items, pieces, planned, max_model_len)
-                for place, item in enumerate(less):
-                    note = _fit_note(planned[place], max_model_len)
-                    planned[place] = self.pipeline.replan(planned[place], item, note)
+        async with self.planned(pieces, items, max_model_len, fit=fit, report=report) as planned:
             assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
             decoded = _Counter("decode", sum(len(item.media.plan.frame_indices) for item in planned), report)
             ready = await gather_or_cancel(
                 [decoded.count(self.pipeline.read(item), len(item.media.plan.frame_indices)) for item in planned]
             )
-        finally:
-            for item in planned:
-                item.close()
         if any(now.media != before.media for now, before in zip(ready, planned, strict=True)):
             # A damaged clip showed other frames than planned: the prompt must name their times.
             for item, shown in zip(planned, ready, strict=True):
@@ -153,7 +198,7 @@ class PromptBuilder:
 
     def _assemble_checked(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> Assembled:
         """The prompt's tokens; raises ContextLengthError, at once if the media alone are too many to lay them out."""
-        media_tokens = sum(_num_tokens(item.media) for item in planned)
+        media_tokens = sum(num_media_tokens(item.media) for item in planned)
         num_tokens = media_tokens
         if media_tokens < max_model_len:
             assembled = self._assemble(pieces, [item.media for item in planned])
@@ -176,7 +221,7 @@ class PromptBuilder:
             return self.pipeline.plan_media(item, before.metadata)
 
         def fits(media: Sequence[PlannedMedia]) -> bool:
-            if sum(map(_num_tokens, media)) >= max_model_len:
+            if sum(map(num_media_tokens, media)) >= max_model_len:
                 return False
             return len(self._assemble(pieces, media).token_ids) < max_model_len
 
@@ -207,7 +252,8 @@ class _Counter:
         return result
 
 
-def _is_fit(media_overflow: str | None) -> bool:
+def is_fit(media_overflow: str | None) -> bool:
+    """Whether a request asks to be shown less rather than refused; raises InvalidRequestError for other words."""
     if media_overflow not in (None, "error", "fit"):
         raise InvalidRequestError(
             f'media_overflow must be "error" or "fit", not {media_overflow!r:.80}', param="media_overflow"
@@ -224,7 +270,7 @@ def _fit_note(before: PlannedItem, max_model_len: int) -> str:
     )
 
 
-def _num_tokens(media: PlannedMedia) -> int:
+def num_media_tokens(media: PlannedMedia) -> int:
     """Embeddings of an item, from its plan."""
     return media.plan.patches_shape[0] // media.plan.layout.merge_size**2
 
