@@ -181,14 +181,16 @@ class AttackedServer:
         """Counters of the decoder processes."""
         return asyncio.run_coroutine_threadsafe(self.stats(), self._loop).result(ANSWER_SECONDS)["media_workers"]
 
-    def post(self, messages: list[dict[str, Any]], **body: Any) -> httpx2.Response:
+    def post(
+        self, messages: list[dict[str, Any]], *, path: str = "/v1/chat/completions", **body: Any
+    ) -> httpx2.Response:
         """One request; an answer that takes too long is an exception.
 
         The JSON is Python's: NaN, infinity and lone surrogates are sent as they are.
         """
         text = json.dumps({"model": NAME, "max_tokens": 1, "messages": messages, **body})
         headers = {"Content-Type": "application/json"}
-        answer = self._client.post("/v1/chat/completions", content=text.encode("ascii"), headers=headers)
+        answer = self._client.post(path, content=text.encode("ascii"), headers=headers)
         if (
             answer.status_code >= 500
         ):  # the server gives up such a connection: the next test must not meet it half closed

@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -130,6 +131,71 @@ def test_only_so_many_files_are_remembered(tmp_path, hashed, monkeypatch):
     for name in "abcca":
         file_source(tmp_path / name)
     assert sum(hashed) == 4  # a, b, c, not c again, a again
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Hashing waits at its beginning until it is let go; counts how often it began."""
+    let_go, begun = threading.Event(), []
+    usual = source_module._hash_of_file
+
+    def hash_of_file(fd, num_bytes, cancel):
+        begun.append(fd)
+        while not let_go.wait(0.01):
+            if cancel is not None and cancel.is_set():
+                raise InterruptedError
+        return usual(fd, num_bytes, cancel)
+
+    monkeypatch.setattr(source_module, "_hash_of_file", hash_of_file)
+    return let_go, begun
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_file_that_many_ask_for_at_once_is_read_by_one(path, hashed, slow):
+    let_go, begun = slow
+    with ThreadPoolExecutor(4) as threads:
+        sources = [threads.submit(file_source, path) for _ in range(4)]
+        wait_for(lambda: begun)
+        time.sleep(0.1)  # the others had time to begin, too
+        let_go.set()
+        hashes = {source.result(10).content_hash for source in sources}
+    assert hashes == {hashlib.sha256(DATA).hexdigest()}
+    assert len(begun) == 1
+
+
+def test_who_waits_for_another_reads_the_file_when_that_one_gives_up(path, hashed, slow):
+    let_go, begun = slow
+    cancel = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(file_source, path, cancel=cancel)
+        wait_for(lambda: begun)
+        second = threads.submit(file_source, path)
+        cancel.set()
+        with pytest.raises(InterruptedError):
+            first.result(10)
+        let_go.set()
+        assert second.result(10).content_hash == hashlib.sha256(DATA).hexdigest()
+
+
+def test_waiting_for_another_can_be_cancelled(path, hashed, slow):
+    let_go, begun = slow
+    cancel = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(file_source, path)
+        wait_for(lambda: begun)
+        second = threads.submit(file_source, path, cancel=cancel)
+        cancel.set()
+        with pytest.raises(InterruptedError):
+            second.result(10)
+        let_go.set()
+        first.result(10)
+    assert len(begun) == 1
 
 
 def test_hashing_can_be_cancelled(path, hashed):
