@@ -1,6 +1,6 @@
 """A served model and held-out seeds in, a table of right answers by kind of question out, all through files and HTTP.
 
-    python -m filmstrip.demo.evaluate --model CHECKPOINT --num-clips 500 --ablations --output table.json
+    python -m filmstrip.demo.evaluate --model CHECKPOINT --num-clips 500 --num-ablation-clips 200 --output table.json
 
 Every clip is encoded to a file of its own and asked about over ``/v1/chat/completions``, as any client would. Ablations show
 that the answers come from watching: the same questions are asked about clips from which just one thing was taken.
@@ -9,18 +9,10 @@ that the answers come from watching: the same questions are asked about clips fr
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +23,7 @@ from typing import Any
 from filmstrip.demo.clips import encode_frames, encode_picture, encode_scene
 from filmstrip.demo.questions import Question, View, ask, ask_in_turn, ask_of_picture, ask_of_two, is_right
 from filmstrip.demo.scenes import Painter, Scene, make_picture_scene, make_scene, picture_of
+from filmstrip.demo.serving import Client, image, running_server, video, words_of
 
 FIRST_SEED = 2_000_000_000
 """Seeds for measuring: far from those of training, and from those looked at while training."""
@@ -42,7 +35,6 @@ _KINDS = (
     *("appears", "vanishes", "changes", "where_at", "where_starts", "where_ends"),
 )
 _SQUEEZED_RATE = 20_000
-_MAX_ANSWER_TOKENS = 64
 _NUM_CLIENTS = 4
 
 
@@ -82,13 +74,12 @@ class Table:
         return {"asked": sum(self.asked.values()), "right": round(self.share(), 4), "kinds": kinds}
 
 
-class Client:
-    """Asks one server about files in one folder."""
+class FolderClient(Client):
+    """Asks one server about files in one folder that it may read."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
-            self._model = json.load(response)["data"][0]["id"]
+        super().__init__(url)
+        self._folder = folder
 
     def put(self, name: str, data: bytes) -> str:
         """Write a file and return its address."""
@@ -96,49 +87,8 @@ class Client:
         path.write_bytes(data)
         return path.resolve().as_uri()
 
-    def ask(
-        self, parts: list[dict[str, Any]], turns: list[tuple[str, str]], text: str, **options: Any
-    ) -> dict[str, Any]:
-        """The response to ``text`` about media ``parts``, after earlier ``turns`` of question and answer."""
-        messages: list[dict[str, Any]] = []
-        for question, answer in turns:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": text})
-        messages[0]["content"] = [*parts, {"type": "text", "text": messages[0]["content"]}]
-        body = {
-            "model": self._model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": _MAX_ANSWER_TOKENS,
-            **options,
-        }
-        request = urllib.request.Request(
-            f"{self._url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)
 
-    def answer(self, parts: list[dict[str, Any]], text: str, turns: list[tuple[str, str]] | None = None) -> str:
-        """The answer's words."""
-        return self.ask(parts, turns or [], text)["choices"][0]["message"]["content"] or ""
-
-    def times(self, part: dict[str, Any]) -> list[float]:
-        """Times of the frames that the model sees of a video, as the server reports them."""
-        response = self.ask([part], [], "How many shapes are there?", max_tokens=1, return_media_info=True)
-        return response["media"][0]["timestamps"]
-
-
-def video(url: str) -> dict[str, Any]:
-    """A video's part of a message."""
-    return {"type": "video_url", "video_url": {"url": url}}
-
-
-def image(url: str) -> dict[str, Any]:
-    """A picture's part of a message."""
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def measure_clip(client: Client, seed: int, table: Table, num_questions: int) -> None:
+def measure_clip(client: FolderClient, seed: int, table: Table, num_questions: int) -> None:
     """Ask about the clip of ``seed``: alone, in turn, beside another and with a picture."""
     rng = random.Random(f"measure {seed}")
     view, part = _served(client, make_scene(seed))
@@ -166,7 +116,7 @@ def measure_clip(client: Client, seed: int, table: Table, num_questions: int) ->
                 table.add(question, client.answer(parts, question.text), f"{seed}")
 
 
-def measure_ablations(client: Client, seed: int, tables: dict[str, Table]) -> None:
+def measure_ablations(client: FolderClient, seed: int, tables: dict[str, Table]) -> None:
     """Ask about times and directions of the clip of ``seed``, whole and with something taken from it."""
     rng = random.Random(f"ablate {seed}")
     scene = make_scene(seed)
@@ -182,10 +132,12 @@ def measure_ablations(client: Client, seed: int, tables: dict[str, Table]) -> No
     num_frames = sum(len(group) for group in view.groups)
     for name, ablated in parts.items():
         # Squeezed to milliseconds, a clip would be sampled at fewer frames by the model's own rule.
-        sampled = {"media_io_kwargs": {"video": {"num_frames": num_frames}}} if name == "times squeezed" else {}
+        sampled: dict[str, Any] = {}
+        if name == "times squeezed":
+            sampled = {"media_io_kwargs": {"video": {"num_frames": num_frames}}}
         for question in questions:
-            response = client.ask([ablated], [], question.text, **sampled)
-            tables[name].add(question, response["choices"][0]["message"]["content"] or "", f"{seed} {name}")
+            response = client.ask([ablated], question.text, **sampled)
+            tables[name].add(question, words_of(response), f"{seed} {name}")
 
 
 def _is_answered_by_absence(question: Question) -> bool:
@@ -193,7 +145,7 @@ def _is_answered_by_absence(question: Question) -> bool:
     return (question.kind == "when" and question.seconds is None) or question.answer == "It stays still"
 
 
-def _served(client: Client, scene: Scene) -> tuple[View, dict[str, Any]]:
+def _served(client: FolderClient, scene: Scene) -> tuple[View, dict[str, Any]]:
     part = video(client.put(f"{scene.seed}.video", encode_scene(scene)))
     return View(scene, client.times(part)), part
 
@@ -241,48 +193,11 @@ _ABLATED: dict[str, Callable[[Scene, View, random.Random], bytes]] = dict(
 )
 
 
-@contextlib.contextmanager
-def running_server(model: str, folder: Path, timeout_seconds: float = 300) -> Iterator[str]:
-    """A ``filmstrip serve`` on a free port that may read ``folder``; its address. Ends the process if it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "filmstrip.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port)),
-        *("--allowed-local-media-path", str(folder), "--log-level", "warning"),
-        *("--max-model-len", "8192", "--kv-cache-gb", "0.25", "--encoder-cache-gb", "0.05"),
-    ]
-    process = subprocess.Popen(command, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + timeout_seconds
-        while not _is_healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start within {timeout_seconds:g} s (exit {process.poll()})")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5).close()
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-    return True
-
-
 def evaluate(
     url: str, folder: Path, *, num_clips: int, questions_per_clip: int = 4, first_seed: int = FIRST_SEED
 ) -> Table:
     """Ask the server about ``num_clips`` clips written to ``folder``, which it must be allowed to read."""
-    client, table = Client(url, folder), Table()
+    client, table = FolderClient(url, folder), Table()
     with ThreadPoolExecutor(_NUM_CLIENTS) as clients:
         seeds = range(first_seed, first_seed + num_clips)
         list(clients.map(lambda seed: measure_clip(client, seed, table, questions_per_clip), seeds))
@@ -291,7 +206,7 @@ def evaluate(
 
 def evaluate_ablations(url: str, folder: Path, *, num_clips: int, first_seed: int = FIRST_SEED) -> dict[str, Table]:
     """Tables of questions about times and directions by what was taken from the clips; "none" is the whole clip."""
-    client = Client(url, folder)
+    client = FolderClient(url, folder)
     tables = {name: Table() for name in ("none", *ABLATIONS)}
     with ThreadPoolExecutor(_NUM_CLIENTS) as clients:
         seeds = range(first_seed, first_seed + num_clips)
@@ -313,15 +228,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="filmstrip-evaluate-") as name:
         folder = Path(name)
-        with running_server(arguments.model, folder) as url:
+        with running_server(arguments.model, folder) as server:
             table = evaluate(
-                *(url, folder),
+                *(server.url, folder),
                 num_clips=arguments.num_clips,
                 questions_per_clip=arguments.questions_per_clip,
                 first_seed=arguments.first_seed,
             )
             ablations = evaluate_ablations(
-                url, folder, num_clips=arguments.num_ablation_clips, first_seed=arguments.first_seed
+                server.url, folder, num_clips=arguments.num_ablation_clips, first_seed=arguments.first_seed
             )
     summary: dict[str, Any] = {"num_clips": arguments.num_clips, **table.summary()}
     if arguments.num_ablation_clips:

@@ -1,0 +1,140 @@
+"""A checkpoint and a folder of clips in, a running ``filmstrip serve`` and its answers over HTTP out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filmstrip.errors import FilmstripError
+
+MAX_ANSWER_TOKENS = 64
+_REQUEST_TIMEOUT_SECONDS = 600
+_STOP_TIMEOUT_SECONDS = 30
+
+
+class ServerNotStarted(FilmstripError):
+    """The server ended, or was not ready in time."""
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Address and process of a server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def running_server(
+    model: str, folder: Path, *, host: str = "127.0.0.1", port: int = 0, start_timeout_seconds: float = 300
+) -> Iterator[RunningServer]:
+    """A ``filmstrip serve`` of ``model`` that may read ``folder``. ``port`` 0 takes a free one.
+
+    The process ends with the context. Raises ServerNotStarted.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerNotStarted(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "filmstrip.cli.main", "serve", model, "--host", host, "--port", str(port)),
+        *("--allowed-local-media-path", str(folder), "--log-level", "warning"),
+        *("--max-model-len", "8192", "--kv-cache-gb", "0.25", "--encoder-cache-gb", "0.05"),
+    ]
+    process = subprocess.Popen(command, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    url = f"http://{host}:{port}"
+    try:
+        _wait_until_healthy(url, process, start_timeout_seconds)
+        yield RunningServer(url, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=_STOP_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerNotStarted(f"the server ended with code {process.returncode} before it was ready")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        time.sleep(0.1)
+    raise ServerNotStarted(f"the server was not ready after {timeout_seconds:g} s")
+
+
+class Client:
+    """Asks the one model of a server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
+            self._model = json.load(response)["data"][0]["id"]
+
+    def ask(
+        self, parts: Sequence[dict[str, Any]], text: str, turns: Sequence[tuple[str, str]] = (), **options: Any
+    ) -> dict[str, Any]:
+        """The response to ``text`` about media ``parts``, after earlier ``turns`` of question and answer.
+
+        The media stand in the first message. Raises ``urllib.error.HTTPError`` for a refusal.
+        """
+        messages: list[dict[str, Any]] = []
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": text})
+        messages[0]["content"] = [*parts, {"type": "text", "text": messages[0]["content"]}]
+        body = {
+            "model": self._model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": MAX_ANSWER_TOKENS,
+            **options,
+        }
+        request = urllib.request.Request(
+            f"{self._url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_SECONDS) as response:
+            return json.load(response)
+
+    def answer(self, parts: Sequence[dict[str, Any]], text: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+        """The answer's words."""
+        return words_of(self.ask(parts, text, turns))
+
+    def times(self, part: dict[str, Any]) -> list[float]:
+        """Times in seconds of the frames that the model sees of a video, as the server reports them."""
+        response = self.ask([part], "How many shapes are there?", max_tokens=1, return_media_info=True)
+        return response["media"][0]["timestamps"]
+
+
+def words_of(response: dict[str, Any]) -> str:
+    """The answer's words of a response."""
+    return response["choices"][0]["message"]["content"] or ""
+
+
+def video(url: str) -> dict[str, Any]:
+    """A video's part of a message."""
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def image(url: str) -> dict[str, Any]:
+    """A picture's part of a message."""
+    return {"type": "image_url", "image_url": {"url": url}}
