@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ingest", "chat", "attention")
+NAMES = ("ingest", "sparse", "load", "chat", "attention")
 
 
 def filled(readme: str) -> str:
