@@ -23,8 +23,11 @@ def media_root(tmp_path_factory, clip):
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(qwen3_vl_dir, media_root, clip, tmp_path_factory):
-    """The server, its fetcher on a hostile internet, its clients in ``media_root``."""
+    """The server, its fetcher on a hostile internet, its clients in ``media_root``.
+
+    It ends with the last attack: other tests look at what processes are left.
+    """
     with AttackedServer(qwen3_vl_dir, media_root, clip, tmp_path_factory.mktemp("attack-tls")) as server:
         yield server
