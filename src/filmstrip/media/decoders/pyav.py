@@ -285,8 +285,12 @@ class PyAVReader:
         for job in jobs:
             pending.put(job)
 
+        begin = threading.Event()
+
         def work() -> None:
+            begin.wait()
             try:
+                delivery.check()
                 with self._open() as (container, stream):
                     _use_threads(stream, codec_threads)
                     while True:
@@ -298,13 +302,18 @@ class PyAVReader:
                 delivery.fail(error)
 
         if num_workers == 1:
+            begin.set()
             work()
         else:
             with ThreadPoolExecutor(num_workers, thread_name_prefix="filmstrip-decode") as threads:
                 try:
-                    wait([threads.submit(work) for _ in range(num_workers)])
+                    futures = [threads.submit(work) for _ in range(num_workers)]
+                    # Not before all are known: Ctrl-C inside submit() leaves a thread that the pool does not wait for.
+                    begin.set()
+                    wait(futures)
                 except BaseException as error:  # Ctrl-C: the threads must end before the pool can
                     delivery.fail(error)
+                    begin.set()
                     raise
         delivery.check()
 
