@@ -16,7 +16,8 @@ from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_che
 from filmstrip.demo.questions import WEIGHTS, ask_in_turn, ask_some
 from filmstrip.demo.recipe import make_model, make_tokenizer
 from filmstrip.demo.scenes import make_picture_scene, make_scene
-from filmstrip.demo.train import Drawer, Sample, Trainer, collate, fit_for_training, pack, predict
+from filmstrip.demo.teacher import cells_of
+from filmstrip.demo.train import Drawer, Sample, Trainer, collate, fit_for_training, glimpse, pack, predict
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.types import FrameSampling
 
@@ -150,6 +151,25 @@ def test_pool_and_draws(pool: Pool, watcher: Watcher) -> None:
     assert {"direction", "when", "compare", "picture", "picture_and_video"} <= kinds
 
 
+def test_a_glimpse_is_a_part_of_the_clip(pool: Pool, watcher: Watcher) -> None:
+    cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
+    for seed, item in enumerate(pool.items):
+        shown = item[1]
+        grid_t, height, width = shown.media(watcher.layout).plan.grid_thw
+        groups = pool.patches(item).reshape(grid_t, height * width, -1)
+        chosen = sorted(random.Random(seed).sample(range(grid_t), min(grid_t, 3)))
+        seen = glimpse(watcher, pool, item, random.Random(seed), max_groups=3)
+        ((patches, grid),) = seen.pixels[shown.kind]
+        assert grid == (len(chosen), height, width)
+        assert np.array_equal(patches, groups[chosen].reshape(-1, patches.shape[1]))
+        (cells,) = seen.cells[shown.kind]
+        whole = cells_of(shown.view(), shown.height, shown.width, cell_pixels)
+        for name in ("colours", "shapes", "shown", "places"):
+            rows = getattr(whole, name)
+            rows = rows.reshape(grid_t, height * width // 4, *rows.shape[1:])[chosen]
+            assert np.array_equal(getattr(cells, name), rows.reshape(getattr(cells, name).shape))
+
+
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -170,7 +190,8 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     assert "colour" not in lines[0]  # the vision tower alone
     assert all("direction" in line for line in lines[3:])
     saved = torch.load(work / "state.pt", weights_only=True)
-    assert (saved["step"], saved["draw"]) == (6, 2)  # the draw that the first run was in is not gone on with
+    # Two draws of glimpses; then the draw that the first run was in is not gone on with.
+    assert (saved["step"], saved["draw"]) == (6, 4)
     model = Qwen3VLForConditionalGeneration.from_pretrained(work / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(file.stat().st_size for file in (work / "model").glob("*.safetensors")) < 15 << 20

@@ -61,9 +61,9 @@ class Shown:
     def scene(self) -> Scene:
         """What it shows."""
         if self.kind == "video":
-            return make_scene(self.seed)
+            return _scene_of(self.seed)
         if self.of_seed is not None:
-            return picture_of(make_scene(self.of_seed).shapes[0], self.seed)
+            return picture_of(_scene_of(self.of_seed).shapes[0], self.seed)
         return make_picture_scene(self.seed)
 
     def view(self) -> View:
@@ -202,6 +202,12 @@ def _show(seed: int, watcher: Watcher) -> list[tuple[Shown, np.ndarray]]:
         pixels, plan = watcher.look(encode_picture(picture.scene()))
         shown.append((Shown("picture", seed, of_seed, plan.height, plan.width, (), (0, 0)), pixels))
     return shown
+
+
+@lru_cache(maxsize=50_000)
+def _scene_of(seed: int) -> Scene:
+    """Finding places where nothing touches takes milliseconds, and the same clips are asked about again and again."""
+    return make_scene(seed)
 
 
 def _shown(fields: dict) -> Shown:

@@ -123,6 +123,6 @@ class Teacher(nn.Module):
                 "sees_colour": float((colours.argmax(-1) == colour)[is_full].sum()) / full,
                 "sees_shape": float((shapes.argmax(-1) == shape)[is_full].sum()) / full,
                 "sees_place": float((places[both] - wanted[both]).abs().mean()) if int(both.sum()) else 0.0,
-                "sees_motion": float((moved - wanted_moved).abs().sum() / wanted_moved.abs().sum().clamp(min=1e-6)),
+                "sees_motion": float((moved - wanted_moved).abs().mean()) if int(both.sum()) else 0.0,
             }
         return loss, seen

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import os
 import queue
@@ -23,7 +24,7 @@ import threading
 import time
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLFor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
-from filmstrip.demo.questions import WEIGHTS, Question, ask_in_turn, ask_of_picture, ask_of_two, ask_some
+from filmstrip.demo.questions import WEIGHTS, Question, View, ask_in_turn, ask_of_picture, ask_of_two, ask_some
 from filmstrip.demo.recipe import make_model, write_checkpoint
 from filmstrip.demo.teacher import Cells, Teacher, cells_of
 
@@ -47,6 +48,8 @@ _ITEMS_PER_DRAW = 64
 _MAX_GROUPS_OF_TWO = 40
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
 _DRAWN_AHEAD = 4
+_GROUPS_OF_GLIMPSE = 1
+_GLIMPSED_SHARE = 0.5
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -58,7 +61,15 @@ _INPUT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": (
 
 
 @dataclass
-class Sample:
+class Seen:
+    """Patches with their grids, and the facts of their cells, by kind of medium."""
+
+    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]]
+    cells: dict[str, list[Cells]]
+
+
+@dataclass
+class Sample(Seen):
     """One prompt with its questions, packed. ``segments``: 0 for the prefix, else the number of the question's chain."""
 
     tokens: list[int]
@@ -67,12 +78,18 @@ class Sample:
     is_answer: list[bool]
     kinds: list[tuple[str, int]]
     """Kind of each answer, and how many tokens it has."""
-    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]]
-    cells: dict[str, list[Cells]]
 
 
 @dataclass
-class Batch:
+class Glimpses:
+    """Patches and grids of videos and of pictures, and what lies in the cells of their merged tokens."""
+
+    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    cells: dict[str, Cells]
+
+
+@dataclass
+class Batch(Glimpses):
     """Samples side by side; ``targets`` are flat places in (batch, token) that say which token comes next."""
 
     tokens: torch.Tensor
@@ -80,8 +97,6 @@ class Batch:
     mask: torch.Tensor
     targets: torch.Tensor
     kinds: list[tuple[str, int]]
-    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cells: dict[str, Cells]
 
 
 def pack(
@@ -111,7 +126,19 @@ def pack(
     for item in items:
         pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
         cells[item[1].kind].append(cells_of(item[1].view(), item[1].height, item[1].width, cell_pixels))
-    return Sample(tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds, pixels, cells)
+    return Sample(pixels, cells, tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds)
+
+
+def glimpse(watcher: Watcher, pool: Pool, item: tuple[str, Shown], rng: random.Random, max_groups: int) -> Seen:
+    """A picture, or a few groups of frames of a video, chosen at random."""
+    shown = item[1]
+    grid_t, grid_h, grid_w = shown.media(watcher.layout).plan.grid_thw
+    chosen = sorted(rng.sample(range(grid_t), min(grid_t, max_groups)))
+    patches = pool.patches(item).reshape(grid_t, grid_h * grid_w, -1)[chosen].reshape(-1, pool.patches(item).shape[1])
+    view = shown.view()
+    part = View(view.scene, [seconds for group in chosen for seconds in view.groups[group]])
+    cells = cells_of(part, shown.height, shown.width, watcher.layout.patch_size * watcher.layout.merge_size)
+    return Seen({shown.kind: [(patches, (len(chosen), grid_h, grid_w))]}, {shown.kind: [cells]})
 
 
 def collate(samples: list[Sample], pad_token: int) -> Batch:
@@ -131,6 +158,22 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     may_see = ((theirs == 0) | (theirs == ours)) & causal
     mask = torch.zeros(may_see.shape, dtype=torch.bfloat16).masked_fill(~may_see, -torch.inf)
+    glimpses = _side_by_side(samples)
+    targets = torch.from_numpy(np.flatnonzero(is_answer))
+    kinds = [kind for sample in samples for kind in sample.kinds]
+    return Batch(
+        *(glimpses.pixels, glimpses.cells),
+        *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
+    )
+
+
+def _shape_of(seen: Seen) -> tuple[int, ...]:
+    """Rows and columns of patches."""
+    ((_, grid),) = next(iter(seen.pixels.values()))
+    return grid[1:]
+
+
+def _side_by_side(samples: Sequence[Seen]) -> Glimpses:
     pixels: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for kind in ("video", "picture"):
         parts = [part for sample in samples for part in sample.pixels.get(kind, ())]
@@ -138,10 +181,7 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
             patches = torch.from_numpy(np.concatenate([patches for patches, _ in parts]))
             pixels[kind] = (patches, torch.tensor([grid for _, grid in parts]))
     facts = {kind: [part for sample in samples for part in sample.cells.get(kind, ())] for kind in pixels}
-    cells = {kind: Cells.join(parts) for kind, parts in facts.items()}
-    targets = torch.from_numpy(np.flatnonzero(is_answer))
-    kinds = [kind for sample in samples for kind in sample.kinds]
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds, pixels, cells)
+    return Glimpses(pixels, {kind: Cells.join(parts) for kind, parts in facts.items()})
 
 
 class Drawer:
@@ -167,6 +207,18 @@ class Drawer:
         rng.shuffle(groups)
         for group in groups:
             yield collate(group, self._pad)
+
+    def glimpses(self, number: int) -> Glimpses:
+        """A few groups of frames of many clips: what the vision tower learns from alone; as many tokens as a batch has."""
+        rng = random.Random(f"glimpses {number}")
+        seen: list[Seen] = []
+        num_tokens = 0
+        while num_tokens < _GLIMPSED_SHARE * self._max_tokens:
+            item = rng.choice(self._pool.items)
+            seen.append(glimpse(self._watcher, self._pool, item, rng, _GROUPS_OF_GLIMPSE))
+            num_tokens += sum(len(cells.colours) for cells in seen[-1].cells[item[1].kind])
+        seen.sort(key=_shape_of)  # frames of one shape go through attention together
+        return _side_by_side(seen)
 
     def _sample(self, rng: random.Random) -> Sample | None:
         place, kind = rng.randrange(len(self._pool.items)), rng.random()
@@ -231,15 +283,14 @@ def _attend_in_frames(
     num_tokens = hidden_states.shape[0]
     qkv = module.qkv(hidden_states).reshape(num_tokens, 3, module.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
     query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *position_embeddings)
-    outputs, start, bounds = [], 0, cu_seqlens.tolist()
-    while start < len(bounds) - 1:
-        length, end = bounds[start + 1] - bounds[start], start + 1
-        while end < len(bounds) - 1 and bounds[end + 1] - bounds[end] == length:
-            end += 1
-        shape = (end - start, length, module.num_heads, -1)
-        parts = [x[bounds[start] : bounds[end]].reshape(shape).transpose(1, 2) for x in (query, key, qkv[2])]
-        outputs.append(_attend(*parts, None, module.scaling).transpose(1, 2).flatten(0, 1))
-        start = end
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
+    outputs = []
+    # Splitting, not slicing: the gradient of a slice is as large as the whole.
+    split = [x.split([length * count for length, count in runs]) for x in (query, key, qkv[2])]
+    for number, (length, count) in enumerate(runs):
+        shape = (count, length, module.num_heads, -1)
+        query, key, value = (x[number].reshape(shape).transpose(1, 2) for x in split)
+        outputs.append(_attend(query, key, value, None, module.scaling).transpose(1, 2).flatten(0, 1))
     return module.proj(torch.cat(outputs).reshape(num_tokens, -1))
 
 
@@ -271,7 +322,7 @@ def _attend(
 AttentionInterface.register(ATTENTION_NAME, _attend_masked)
 
 
-def watch(model: Qwen3VLForConditionalGeneration, batch: Batch) -> dict[str, torch.Tensor]:
+def watch(model: Qwen3VLForConditionalGeneration, batch: Glimpses) -> dict[str, torch.Tensor]:
     """Features of the merged tokens of videos and of pictures, (num_tokens, hidden_size)."""
     return {
         kind: model.model.visual(_normalized(pixels), grid_thw=grids).pooler_output
@@ -459,25 +510,23 @@ class Trainer:
         since = step - arguments.watch_steps if step >= arguments.watch_steps else step
         return min((since + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
 
-    def _step(self, batch: Batch, scores: Scores) -> float:
+    def _step(self, batch: Glimpses, scores: Scores) -> float:
         state = self._state
         self._watched.clear()
-        is_watching = state.step < self._arguments.watch_steps
         with torch.autocast("cpu", torch.bfloat16):
-            if is_watching:
-                logits, wanted = None, None
+            answers = predict(state.model, batch) if isinstance(batch, Batch) else None
+            if answers is None:
                 watch(state.model, batch)
-            else:
-                logits, wanted = predict(state.model, batch)
         # Transformers encodes pictures before videos; watch() goes in the batch's order.
-        kinds = list(batch.pixels) if is_watching else sorted(batch.pixels)
+        kinds = list(batch.pixels) if answers is None else sorted(batch.pixels)
         lessons = [
             state.teacher(features, batch.cells[kind]) for kind, features in zip(kinds, self._watched, strict=True)
         ]
         sizes = [len(batch.cells[kind].colours) for kind in kinds]
         loss = torch.stack([lesson[0] * size for lesson, size in zip(lessons, sizes, strict=True)]).sum() / sum(sizes)
         scores.see(lessons[-1 if kinds[-1] == "video" else 0][1])
-        if logits is not None and wanted is not None:
+        if isinstance(batch, Batch) and answers is not None:
+            logits, wanted = answers
             loss = F.cross_entropy(logits, wanted) + self._arguments.teacher_weight * loss
             scores.add(logits.detach(), wanted, batch.kinds)
         loss.backward()
@@ -506,13 +555,16 @@ class Trainer:
                 scores.add(logits, wanted, batch.kinds)
         return scores.shares()
 
-    def _drawn(self) -> Iterator[tuple[Batch, int]]:
+    def _drawn(self) -> Iterator[tuple[Glimpses, int]]:
         """Batches, and how many draws are used up when one is done; made ahead in a thread."""
-        ready: queue.Queue[tuple[Batch, int] | Exception] = queue.Queue(_DRAWN_AHEAD)
+        ready: queue.Queue[tuple[Glimpses, int] | Exception] = queue.Queue(_DRAWN_AHEAD)
 
         def draw() -> None:
             try:
                 number = self._state.draw
+                for _ in range(self._state.step, self._arguments.watch_steps):
+                    ready.put((self._drawer.glimpses(number * self._arguments.workers + self._number), number + 1))
+                    number += 1
                 while True:
                     for batch in self._drawer.batches(number * self._arguments.workers + self._number):
                         ready.put((batch, number + 1))
