@@ -89,7 +89,7 @@ class EngineConfig:
 
     ``max_num_batched_tokens`` bounds the tokens of one step, and so the time that answers under way wait for a new prompt.
     ``kv_cache_gb`` None means 40 % of the memory free after loading (on CUDA ``gpu_memory_utilization`` of the device, less
-    what is in use); ``encoder_cache_gb`` None means 5 %.
+    what is in use); ``encoder_cache_gb`` and ``state_cache_gb`` None mean 5 % each.
     """
 
     model: str
@@ -111,6 +111,9 @@ class EngineConfig:
     """Memory for keys and values, in GiB; 40 % of what is free on a CPU if not given."""
     encoder_cache_gb: float | None = None
     """Memory for encoded images and videos, in GiB; 5 % of what is free if not given."""
+    state_cache_gb: float | None = None
+    """Memory for states of linear attention kept for prompts that begin alike, in GiB; 5 % of what is free if not given.
+    Models without linear attention have none."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that may be used."""
     enable_prefix_caching: bool = True

@@ -49,6 +49,7 @@ def build_batch(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
+    states = [request.state_slot for request in scheduled if request.state_slot is not None]
     batch = Batch(
         token_ids=tensor(np.concatenate(token_ids)),
         positions=tensor(np.concatenate(positions, axis=1)),
@@ -60,6 +61,7 @@ def build_batch(
         query_lens=query_lens,
         context_lens_list=context_lens,
         placements=placements,
+        state_slots=tensor(np.asarray(states, np.int64)) if states else None,
     )
     return batch, sampled
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from filmstrip.engine.model_runner import ModelRunner
 from filmstrip.engine.request import Request
 from filmstrip.engine.sampler import SamplingState, sample
 from filmstrip.engine.scheduler import Scheduler
+from filmstrip.engine.state_pool import StatePool
 from filmstrip.errors import ContextLengthError, FilmstripError, InvalidRequestError
-from filmstrip.models.base import Model
+from filmstrip.models.base import Model, RecurrentModel
 from filmstrip.types import FinishReason, ProcessedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class EngineLimits:
     encoder_cache_bytes: int
     enable_prefix_caching: bool = True
     seed: int = 0
+    num_state_checkpoints: int = 0
+    """Recurrent states kept beside those of running requests, for prompts that begin alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,14 @@ class Engine:
     """Continuous batching over one model."""
 
     def __init__(self, model: Model, limits: EngineLimits) -> None:
-        """Allocate the KV cache."""
+        """Allocate the KV cache and, for a model that has them, recurrent states."""
         self.model, self.limits = model, limits
         model.allocate_kv_cache(limits.num_blocks)
         self.cache = KVCache(
-            limits.num_blocks, model.info.block_size, enable_prefix_caching=limits.enable_prefix_caching
+            limits.num_blocks,
+            model.info.block_size,
+            enable_prefix_caching=limits.enable_prefix_caching,
+            states=_allocate_states(model, limits),
         )
         self.scheduler = Scheduler(
             self.cache, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
@@ -122,6 +128,8 @@ class Engine:
             if not scheduled:
                 return failed
             try:
+                if self.cache.states is not None:
+                    self.runner.copy_states(self.cache.states.take_copies())
                 logits, sampled = self.runner.forward(scheduled)
                 tokens = sample(logits, [self._sampling[request.request_id] for request in sampled])
             except torch.AcceleratorError:
@@ -136,6 +144,7 @@ class Engine:
             before = request.num_computed_tokens
             request.num_computed_tokens += num_tokens
             self.cache.publish(request, before)
+            self._keep_state(request)
         return failed + [self._extend(request, token) for request, token in zip(sampled, tokens, strict=True)]
 
     def stats(self) -> dict[str, Any]:
@@ -151,6 +160,7 @@ class Engine:
             "num_preemptions": self.scheduler.num_preemptions,
             "prefix_cache_queried_tokens": self.cache.num_queried_tokens,
             "prefix_cache_hit_tokens": self.cache.num_hit_tokens,
+            "num_kept_states": 0 if self.cache.states is None else self.cache.states.num_kept,
             "encoder_cache_bytes": encoder.num_bytes,
             "encoder_cache_hits": encoder.num_hits,
             "encoder_cache_misses": encoder.num_misses,
@@ -158,8 +168,13 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is accounted for (for tests)."""
-        self.cache.pool.check_integrity([request.block_table for request in self._requests.values()])
+        """Raise AssertionError unless every block and every state is accounted for (for tests)."""
+        requests = self._requests.values()
+        self.cache.pool.check_integrity([request.block_table for request in requests])
+        if self.cache.states is not None:
+            slots = [request.state_slot for request in requests if request.state_slot is not None]
+            assert len(slots) == len(self.scheduler.running), "a running request has no state, or a waiting one has"
+            self.cache.states.check_integrity(slots)
 
     def _encode(self, scheduled: dict[Request, int]) -> list[StepOutput]:
         """Encode what the step shows; a request whose media cannot be encoded fails alone and leaves ``scheduled``."""
@@ -175,6 +190,12 @@ class Engine:
                 del scheduled[request]
                 failed.append(self._fail(request, f"the media could not be encoded: {_cause(error)}"))
         return failed
+
+    def _keep_state(self, request: Request) -> None:
+        """Copy the request's state aside where later prompts may begin with what is computed of this one."""
+        target = self.cache.keep_state(request)
+        if target is not None and request.state_slot is not None:
+            self.runner.copy_states([(request.state_slot, target)])
 
     def _extend(self, request: Request, token: int | None) -> StepOutput:
         if token is None:
@@ -197,6 +218,15 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.request_id]
         del self._sampling[request.request_id]
+
+
+def _allocate_states(model: Model, limits: EngineLimits) -> StatePool | None:
+    """A state for each running request and the kept ones; None for a model without."""
+    if model.info.state_bytes_per_request == 0:
+        return None
+    states = StatePool(limits.max_num_seqs, limits.num_state_checkpoints if limits.enable_prefix_caching else 0)
+    cast(RecurrentModel, model).allocate_states(states.num_slots)
+    return states
 
 
 def _cause(error: Exception) -> str:

@@ -9,7 +9,13 @@ import numpy as np
 
 from filmstrip.engine.block_pool import BlockPool
 from filmstrip.engine.request import Request
+from filmstrip.engine.state_pool import StatePool
 
+MIN_TOKENS_PER_CHECKPOINT = 128
+"""Recurrent states of a prompt are copied aside so many tokens apart at least: a chunk of its own for fewer costs more
+than it spares."""
+MAX_LIKELY_CHECKPOINTS = 3
+"""So often a prompt's state is copied aside at places that :meth:`KVCache.next_checkpoint` names."""
 _ROOT = b"filmstrip"
 
 
@@ -19,10 +25,16 @@ class KVCache:
     A block's hash covers the hash before it (so, everything before it), its token ids, and for each media segment that
     overlaps it what the segment is and where it begins. Placeholder ids alone never identify content. Positions need not be
     hashed: they follow from the tokens and from the segments' grids, and the grid is part of a media hash.
+
+    With ``states`` every request that holds blocks also holds a slot of recurrent state, and cached blocks are worth
+    nothing beyond the last of them whose state was kept.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, states: StatePool | None = None
+    ) -> None:
         self.pool = BlockPool(num_blocks)
+        self.states = states
         self.block_size = block_size
         self._sharing = enable_prefix_caching
         self.num_queried_tokens = 0
@@ -44,6 +56,9 @@ class KVCache:
             if block is None:
                 break
             blocks.append(block)
+        if self.states is not None:
+            while blocks and not self.states.has(request.block_hashes[len(blocks) - 1]):
+                blocks.pop()
         return blocks
 
     def num_tokens_to_come(self, request: Request, other: Request) -> int:
@@ -64,7 +79,9 @@ class KVCache:
         return low * self.block_size - other.num_computed_tokens
 
     def take_prefix(self, request: Request, blocks: list[int]) -> None:
-        """Let ``request``, which holds nothing, begin with these cached blocks."""
+        """Let ``request``, which holds nothing, begin with these cached blocks; gives it a state, if models have one."""
+        if self.states is not None:
+            request.state_slot = self.states.acquire(request.block_hashes[len(blocks) - 1] if blocks else None)
         for block in blocks:
             self.pool.share(block)
         request.block_table = array("i", blocks)
@@ -84,15 +101,65 @@ class KVCache:
         for index in range(num_before // self.block_size, request.num_computed_tokens // self.block_size):
             self.pool.publish(request.block_table[index], request.block_hashes[index])
 
+    def next_checkpoint(self, request: Request, start: int) -> int | None:
+        """Where, beyond ``start`` tokens, the request's state should be copied aside: a chunk must end there.
+
+        Other prompts are likely to part from this one before its first picture (another picture), behind its last one
+        (another question) or at its end (the next turn of a conversation).
+        """
+        return next((end for end in self._checkpoints(request) if end > start), None)
+
+    def align(self, request: Request, start: int, end: int) -> int:
+        """``end`` of a chunk, or the end of its last whole block if the state is worth copying aside there, too.
+
+        A block that shows media is not cut: what is encoded is best used in one step.
+        """
+        aligned = end // self.block_size * self.block_size
+        if not self._keeps_states or aligned <= start or request.segments_between(aligned, end):
+            return end
+        return aligned
+
+    def keep_state(self, request: Request) -> int | None:
+        """The slot to copy the request's state to after a step, or None if it need not be kept."""
+        end = request.num_computed_tokens
+        if not self._keeps_states or end % self.block_size or not 0 < end < request.num_prompt_tokens:
+            return None
+        assert self.states is not None
+        name = request.block_hashes[end // self.block_size - 1]
+        return self.states.keep(name, is_likely=end in self._checkpoints(request))
+
     def disown(self, request: Request) -> None:
         """Offer nothing of this request's content any more: some of it is not numbers."""
         self.pool.disown(request.block_table)
+        if self.states is not None:
+            self.states.disown(request.block_hashes)
 
     def free(self, request: Request) -> None:
-        """Let go of all blocks; nothing of the request is computed any more."""
+        """Let go of all blocks and of the state; nothing of the request is computed any more."""
+        if self.states is not None and request.state_slot is not None:
+            self.states.release(request.state_slot)
+            request.state_slot = None
         self.pool.free(request.block_table)
         request.block_table = array("i")
         request.num_computed_tokens = 0
+
+    @property
+    def _keeps_states(self) -> bool:
+        return self._sharing and self.states is not None and self.states.num_checkpoints > 0
+
+    def _checkpoints(self, request: Request) -> list[int]:
+        """Tokens, in whole blocks, after which the request's state is to be copied aside; ascending."""
+        if not self._keeps_states:
+            return []
+        last = request.num_prompt_tokens - 1  # at least one token is computed, for its logits
+        ends = [last]
+        if request.segments:  # the likeliest first: another question about the same pictures
+            ends = [request.segments[-1].range.end, last, request.segments[0].range.offset]
+        kept = [0]
+        for end in (min(end, last) // self.block_size * self.block_size for end in ends):
+            if all(abs(end - other) >= MIN_TOKENS_PER_CHECKPOINT for other in kept):
+                kept.append(end)
+        return sorted(kept[1:])
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         """Hashes of the full blocks among the first ``num_tokens`` tokens."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 
@@ -10,7 +11,7 @@ from filmstrip.engine.batch_builder import build_batch
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.request import Request, Segment
 from filmstrip.errors import FilmstripError
-from filmstrip.models.base import EncoderInput, Model
+from filmstrip.models.base import EncoderInput, Model, RecurrentModel
 
 MAX_PATCHES_PER_ENCODE = 32768
 """Patch rows in one call of the encoder; a long video is encoded in several."""
@@ -54,6 +55,11 @@ class ModelRunner:
         """Logits (R, vocab_size) and the R requests they belong to."""
         batch, sampled = build_batch(scheduled, self.model.info.block_size, self.encoder_cache, self.model.info.device)
         return self.model.forward(batch), sampled
+
+    def copy_states(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copy recurrent states from slot to slot, in order."""
+        for source, target in copies:
+            cast(RecurrentModel, self.model).copy_state(source, target)
 
     def recover(self) -> None:
         """After a failed pass: give memory that PyTorch holds back to the device, so that the next has all of it."""

@@ -40,6 +40,8 @@ class Request:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     """Physical blocks in order; an array, so that a step copies it as memory and not number by number."""
     block_hashes: list[bytes] = field(default_factory=list)
+    state_slot: int | None = None
+    """Where the recurrent state is while the request runs; None if it waits or the model has none."""
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache held when the request was first scheduled."""

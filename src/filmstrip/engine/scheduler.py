@@ -123,10 +123,18 @@ class Scheduler:
         return num_tokens
 
     def _chunk(self, request: Request, start: int, budget: int) -> int:
-        """Tokens from ``start`` on that fit the budget; a cut inside a media segment moves back to the segment's start."""
+        """Tokens from ``start`` on that fit the budget; a cut inside a media segment moves back to the segment's start.
+
+        A recurrent state can be copied aside only at the end of a chunk, so chunks end where that is of use.
+        """
         end = min(len(request.token_ids), start + budget)
+        checkpoint = self._cache.next_checkpoint(request, start)
+        if checkpoint is not None and checkpoint <= end:
+            return checkpoint - start
         if end < len(request.token_ids):
             inside = [s for s in request.segments_between(end - 1, end) if s.range.offset < end < s.range.end]
-            if inside and inside[0].range.offset > start:
+            if not inside:
+                end = self._cache.align(request, start, end)
+            elif inside[0].range.offset > start:
                 end = inside[0].range.offset
         return end - start

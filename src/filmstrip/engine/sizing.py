@@ -6,6 +6,7 @@ import logging
 
 from filmstrip.config import EngineConfig
 from filmstrip.engine.engine import EngineLimits
+from filmstrip.engine.kv_cache import MAX_LIKELY_CHECKPOINTS
 from filmstrip.engine.memory import free_device_bytes, free_host_bytes
 from filmstrip.errors import ModelLoadError
 from filmstrip.models.base import ModelInfo
@@ -17,6 +18,10 @@ KV_CACHE_SHARE = 0.4
 """Share of a host's free memory for keys and values if no size is given."""
 ENCODER_CACHE_SHARE = 0.05
 """Share of free memory for encoded media if no size is given."""
+STATE_CACHE_SHARE = 0.05
+"""Share of free memory for recurrent states kept beside those of running requests if no size is given."""
+MAX_RUNNING_STATES_SHARE = 0.5
+"""Largest share of free memory that the states of running requests may take: the rest is for keys and values."""
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of a step if no number is given. A CPU is fully used by a few hundred: more would only make answers under way wait
 longer for each chunk of a new prompt."""
@@ -35,7 +40,8 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
     max_num_batched_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[info.device.type]
     free = _free_bytes(config, info, max_num_batched_tokens)
     encoder_bytes = _bytes_of(config.encoder_cache_gb, ENCODER_CACHE_SHARE * free)
-    kv_share = free - encoder_bytes if info.device.type == "cuda" else KV_CACHE_SHARE * free
+    num_checkpoints, state_bytes = _size_states(config, info, free)
+    kv_share = free - encoder_bytes - state_bytes if info.device.type == "cuda" else KV_CACHE_SHARE * free
     kv_bytes = _bytes_of(config.kv_cache_gb, kv_share)
     wanted_len = config.max_model_len or info.max_position_embeddings
     num_blocks = kv_bytes // (info.kv_bytes_per_token * info.block_size)
@@ -71,7 +77,31 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
         encoder_cache_bytes=encoder_bytes,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
+        num_state_checkpoints=num_checkpoints,
     )
+
+
+def _size_states(config: EngineConfig, info: ModelInfo, free: int) -> tuple[int, int]:
+    """How many recurrent states are kept for later prompts, and the bytes of those and the running requests' together.
+
+    Raises ModelLoadError if the running requests' alone would leave too little for keys and values.
+    """
+    if info.state_bytes_per_request == 0:
+        return 0, 0
+    running_bytes = config.max_num_seqs * info.state_bytes_per_request
+    if running_bytes > MAX_RUNNING_STATES_SHARE * free:
+        raise ModelLoadError(
+            f"max_num_seqs {config.max_num_seqs} needs {running_bytes / GIB:.2f} GiB for states of linear attention "
+            f"({info.state_bytes_per_request} bytes each), more than {MAX_RUNNING_STATES_SHARE:.0%} of the {free / GIB:.2f} "
+            "GiB that are free: lower --max-num-seqs",
+            param="max_num_seqs",
+        )
+    num_checkpoints = 0
+    if config.enable_prefix_caching:
+        num_checkpoints = _bytes_of(config.state_cache_gb, STATE_CACHE_SHARE * free) // info.state_bytes_per_request
+        if config.state_cache_gb is None:
+            num_checkpoints = min(num_checkpoints, _MAX_KEPT_ROUNDS * MAX_LIKELY_CHECKPOINTS * config.max_num_seqs)
+    return num_checkpoints, running_bytes + num_checkpoints * info.state_bytes_per_request
 
 
 def _check(config: EngineConfig, info: ModelInfo) -> None:
@@ -82,6 +112,7 @@ def _check(config: EngineConfig, info: ModelInfo) -> None:
         ("max_num_batched_tokens", 1, None),
         ("kv_cache_gb", 0, None),
         ("encoder_cache_gb", 0, None),
+        ("state_cache_gb", 0, None),
         ("gpu_memory_utilization", 0, 1),
     ):
         value = getattr(config, name)

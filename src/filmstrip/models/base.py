@@ -27,6 +27,8 @@ class ModelInfo:
     """Over all layers, K and V."""
     device: torch.device
     dtype: torch.dtype
+    state_bytes_per_request: int = 0
+    """Recurrent state of one request over all layers, whatever its length; 0 if the model is no :class:`RecurrentModel`."""
 
 
 @dataclass(frozen=True)
@@ -59,4 +61,20 @@ class Model(Protocol):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
+        ...
+
+
+class RecurrentModel(Model, Protocol):
+    """A model some of whose layers keep a state of fixed size for each request (linear attention).
+
+    A forward pass reads the state in ``batch.state_slots``, unless the request begins in it, and leaves the state after the
+    last of its tokens there.
+    """
+
+    def allocate_states(self, num_slots: int) -> None:
+        """Allocate ``num_slots`` states of ``info.state_bytes_per_request`` bytes, of unknown content."""
+        ...
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy the state in slot ``source`` to slot ``target``, for every layer."""
         ...

@@ -48,6 +48,8 @@ class Batch:
     """Host copy of the row counts, so that a CPU backend need not read tensors."""
     context_lens_list: list[int]
     placements: list[EmbeddingPlacement] = field(default_factory=list)
+    state_slots: torch.Tensor | None = None
+    """int64 (S,): where each request's recurrent state is, all different; None if the model has none."""
 
     @property
     def num_tokens(self) -> int:
