@@ -89,7 +89,8 @@ class QwenVLModel:
         )
         grid_thw = torch.tensor([piece.grid_thw for piece in pieces], device=self.info.device)
         output = self._visual(pixels.to(self.info.dtype), grid_thw=grid_thw)
-        levels = [output.pooler_output, *output.deepstack_features]
+        # A tower without DeepStack has no such field.
+        levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
         result, start = [], 0
         for piece in pieces:
             grid_t, grid_h, grid_w = piece.grid_thw
@@ -104,16 +105,18 @@ class QwenVLModel:
         """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
         placements = sorted(batch.placements, key=lambda placement: placement.start)
         media_rows = _media_rows(placements, batch.num_tokens)
-        embeds = self._embed(batch.token_ids, placements, media_rows)
         hidden_states = self._language_model(
-            inputs_embeds=embeds.unsqueeze(0),
+            inputs_embeds=self._embed(batch.token_ids, placements, media_rows).unsqueeze(0),
             position_ids=torch.cat([batch.positions[:1], batch.positions]).unsqueeze(1),
             use_cache=False,
-            visual_pos_masks=None if media_rows is None else media_rows.unsqueeze(0),
-            deepstack_visual_embeds=None if media_rows is None else self._deepstack(placements),
-            paged_step=self._attention.begin(batch),
+            **self._begin(batch),
+            **self._deepstack(placements, media_rows),
         ).last_hidden_state[0]
         return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    def _begin(self, batch: Batch) -> dict[str, Any]:
+        """The step in progress, as keyword arguments that Transformers hands down to every layer."""
+        return {"paged_step": self._attention.begin(batch)}
 
     def _embed(
         self, token_ids: torch.Tensor, placements: Sequence[EmbeddingPlacement], media_rows: torch.Tensor | None
@@ -127,10 +130,13 @@ class QwenVLModel:
             embeds[placement.start : placement.start + len(placement.embeddings)] = placement.embeddings[:, 0]
         return embeds
 
-    def _deepstack(self, placements: Sequence[EmbeddingPlacement]) -> list[torch.Tensor]:
-        """For each DeepStack level what is added to the media rows, in row order: (num_media_rows, hidden_size)."""
+    def _deepstack(self, placements: Sequence[EmbeddingPlacement], media_rows: torch.Tensor | None) -> dict[str, Any]:
+        """Keyword arguments that say what DeepStack adds to which rows: for each level (num_media_rows, hidden_size)."""
         levels = range(1, self.info.num_embedding_rows)
-        return [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
+        if media_rows is None or not levels:
+            return {}
+        rows = [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
+        return {"visual_pos_masks": media_rows.unsqueeze(0), "deepstack_visual_embeds": rows}
 
 
 class LinearPatchEmbed(torch.nn.Module):
