@@ -10,8 +10,13 @@ from typing import Any
 from filmstrip.errors import ModelLoadError
 
 _MODEL_CLASSES = {
+    "Qwen3NextForCausalLM": "filmstrip.models.qwen3_5:Qwen3NextModel",
     "Qwen3VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen3VLMoeForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
+    "Qwen3_5ForCausalLM": "filmstrip.models.qwen3_5:HybridTextModel",
+    "Qwen3_5ForConditionalGeneration": "filmstrip.models.qwen3_5:Qwen35Model",
+    "Qwen3_5MoeForCausalLM": "filmstrip.models.qwen3_5:HybridTextModel",
+    "Qwen3_5MoeForConditionalGeneration": "filmstrip.models.qwen3_5:Qwen35Model",
 }
 """Checkpoint architecture (``architectures`` of its config.json) -> module and class that serve it."""
 

@@ -14,6 +14,8 @@ from filmstrip.processing.tokenizer import Tokenizer
 _PROCESSORS = {
     "Qwen3VLForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
     "Qwen3VLMoeForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
+    "Qwen3_5ForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
+    "Qwen3_5MoeForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
 }
 
 
