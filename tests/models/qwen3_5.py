@@ -63,7 +63,8 @@ def make_qwen3_5(path: Path, *, moe: bool = False, seed: int = 0) -> str:
     """
     tokenizer = build_tokenizer()
     ids = tokenizer.get_vocab()
-    config = (Qwen3_5MoeConfig if moe else Qwen3_5Config)(
+    config_class: Any = Qwen3_5MoeConfig if moe else Qwen3_5Config
+    config = config_class(
         text_config=_text_fields(tokenizer, moe=moe),
         vision_config=VISION,
         image_token_id=ids["<|image_pad|>"],
@@ -71,7 +72,8 @@ def make_qwen3_5(path: Path, *, moe: bool = False, seed: int = 0) -> str:
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    model = (Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration)(config)
+    model_class: Any = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
+    model = model_class(config)
     _save(path, model, tokenizer, seed)
     write_processor_configs(
         path,

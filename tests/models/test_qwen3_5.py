@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ TOLERANCE = 1e-4
 TEXT_ONLY = ["Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM"]
 
 
-def load(path):
+def load(path, dtype="auto") -> Any:
     """The checkpoint with every page and state full of rubbish, as memory is after other requests."""
-    model = load_model(EngineConfig(model=path, device="cpu", num_threads=2, block_size=BLOCK_SIZE))
+    model: Any = load_model(EngineConfig(model=path, device="cpu", dtype=dtype, num_threads=2, block_size=BLOCK_SIZE))
     model.allocate_kv_cache(NUM_BLOCKS)
     model.allocate_states(NUM_SLOTS)
     spoil_states(model)
@@ -177,9 +178,7 @@ def test_weights_of_the_prediction_head_are_skipped_in_silence(tmp_path, caplog)
 
 def test_bfloat16_keeps_fp32_matrices(tmp_path):
     path = make_qwen3_5(tmp_path / "checkpoint")
-    model = load_model(EngineConfig(model=path, device="cpu", dtype="bfloat16", num_threads=2, block_size=BLOCK_SIZE))
-    model.allocate_kv_cache(NUM_BLOCKS)
-    model.allocate_states(2)
+    model = load(path, "bfloat16")
     assert model._states.matrices.dtype == torch.float32
     assert model._states.windows.dtype == torch.bfloat16
     exact = load(path)
