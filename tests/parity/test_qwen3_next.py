@@ -81,8 +81,7 @@ def test_alone(model, expected):
         check(run(make_engine(model), {name: prompt})[name], expected[name])
 
 
-@pytest.mark.parametrize("budget", [2, 3, 17, 2048])
-@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize(("budget", "prefix"), [(2, False), (17, True), (2048, True)])
 def test_together_in_chunks(model, expected, budget, prefix):
     check_all(run(make_engine(model, budget=budget, prefix=prefix), prompts()), expected)
 
