@@ -71,6 +71,7 @@ _BOUNDS = {
     "num_decode_threads": (1, math.inf),
     "num_threads": (1, math.inf),
     "port": (0, 65535),
+    "state_cache_gb": (0, math.inf),
 }
 
 
