@@ -186,6 +186,8 @@ class Result:
     extra: dict[str, Any]
     finish: Callable[[], tuple[Any, dict[str, Any]]] | None = None
     """A second step measured on its own; gives the array to compare in place of the first."""
+    check: Callable[[], None] | None = None
+    """What must hold of the results; looked at when nothing is measured any more."""
 
 
 def measure(tool: str, case: Case, path: str, warm_up_path: str, num_cores: int) -> dict[str, Any]:
@@ -215,9 +217,16 @@ def measure(tool: str, case: Case, path: str, warm_up_path: str, num_cores: int)
         # The workers are gone by now; their results are in shared memory that counts here from when it is read.
         report["finish_peak_bytes"] = max(_resident_bytes("VmHWM") - baseline, report["peak_bytes"])
         report.update(extra)
+    if result.check:
+        result.check()
     if array is not None:
         report.update(_describe(array, case))
     return report
+
+
+def _check_alike(arrays: Sequence[Any]) -> None:
+    """Several requests for the same must get the same."""
+    _require(all((arrays[0] == each).all() for each in arrays[1:]), "requests got different pixels")
 
 
 def _resident_bytes(field: str) -> int:
@@ -292,6 +301,7 @@ def _our_patches(case: Case, num_cores: int) -> Job:
     import asyncio
 
     import numpy as np
+    import torch
 
     # What follows a model's loading in the server is imported before the baseline is taken, as for the peers.
     from filmstrip.config import MediaConfig
@@ -306,6 +316,7 @@ def _our_patches(case: Case, num_cores: int) -> Job:
         min_pixels=MIN_PIXELS,
         max_pixels=MAX_PIXELS,
     )
+    torch.set_num_threads(max(1, num_cores // case.num_requests))  # as the peers' processors
     loop = asyncio.new_event_loop()
     loader = MediaLoader(MediaConfig(num_decode_threads=num_cores, max_media_bytes=2**40))
     loop.run_until_complete(loader.start())
@@ -336,20 +347,24 @@ def _our_patches(case: Case, num_cores: int) -> Job:
         extra = {name: statistics.median(times[name] for _, _, times in done) for name in done[0][2]}
         extra["worker_peak_bytes"] = num_at_once * loader.worker_stats.peak_memory_bytes
 
-        def normalize() -> tuple[Any, dict[str, Any]]:
-            """The model's normalising, in runs of as many rows as it takes at a time."""
-            results = []
-            for output, plan, _ in done:
-                rows = output.torch()
-                pixel_values = np.empty(plan.patches_shape, np.float32)
-                for first in range(0, len(rows), MAX_PATCHES_PER_FORWARD):
-                    piece = rows[first : first + MAX_PATCHES_PER_FORWARD]
-                    pixel_values[first : first + len(piece)] = normalize_patches(piece, settings.normalization).numpy()
-                results.append(pixel_values)
-            _require(all(np.array_equal(results[0], each) for each in results[1:]), "requests got different pixels")
-            return results[0], {"grid_thw": list(done[0][1].grid_thw)}
+        normalized: list[Any] = []
 
-        return Result(None, extra, normalize)
+        def normalize(output: Any, plan: FramePlan) -> Any:
+            """The model's normalising, in runs of as many rows as it takes at a time."""
+            rows = output.torch()
+            pixel_values = np.empty(plan.patches_shape, np.float32)
+            for first in range(0, len(rows), MAX_PATCHES_PER_FORWARD):
+                piece = rows[first : first + MAX_PATCHES_PER_FORWARD]
+                pixel_values[first : first + len(piece)] = normalize_patches(piece, settings.normalization).numpy()
+            return pixel_values
+
+        def normalize_all() -> tuple[Any, dict[str, Any]]:
+            """As many requests at once as in the peers' process."""
+            with ThreadPoolExecutor(case.num_requests) as threads:
+                normalized.extend(threads.map(lambda each: normalize(*each[:2]), done))
+            return normalized[0], {"grid_thw": list(done[0][1].grid_thw)}
+
+        return Result(None, extra, normalize_all, lambda: _check_alike(normalized))
 
     return patches
 
@@ -433,9 +448,9 @@ def _peer(
         with ThreadPoolExecutor(case.num_requests) as threads:
             done = list(threads.map(lambda _: one(path, indices, num_threads), range(case.num_requests)))
         arrays = [features["pixel_values_videos"].numpy() for features, _ in done]
-        _require(all((arrays[0] == each).all() for each in arrays[1:]), "requests got different pixels")
         extra: dict[str, Any] = {name: statistics.median(times[name] for _, times in done) for name in done[0][1]}
-        return Result(arrays[0], {**extra, "grid_thw": done[0][0]["video_grid_thw"][0].tolist()})
+        extra["grid_thw"] = done[0][0]["video_grid_thw"][0].tolist()
+        return Result(arrays[0], extra, check=lambda: _check_alike(arrays))
 
     return patches, {**versions, **processor_versions}
 
