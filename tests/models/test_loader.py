@@ -98,8 +98,8 @@ def test_a_truncated_file_is_an_error(copy):
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), r"only pytorch_model\.bin"),
         (lambda path: edit_config(path, architectures=[]), "names no architecture"),
         (
-            lambda path: edit_config(path, architectures=["LlamaForCausalLM"]),
-            "LlamaForCausalLM, which is not supported",
+            lambda path: edit_config(path, architectures=["GPT2LMHeadModel"]),
+            "GPT2LMHeadModel, which is not supported",
         ),
         (lambda path: edit_config(path, dtype="int8"), "dtype 'int8'"),
         (lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),

@@ -6,14 +6,13 @@ paged K and V. The attention's output gate, partial rotary positions and experts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 
 from filmstrip.models.attention_interface import ATTENTION_NAME
-from filmstrip.models.base import EncoderInput, ModelInfo
+from filmstrip.models.base import ModelInfo
 from filmstrip.models.batch import Batch
 from filmstrip.models.checkpoint import Checkpoint
 from filmstrip.models.devices import make_attention
@@ -25,6 +24,7 @@ from filmstrip.models.gated_delta_net import (
 )
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 from filmstrip.models.qwen_vl import QwenVLModel
+from filmstrip.models.text import TextModel
 
 
 class HybridCache:
@@ -105,16 +105,15 @@ class Qwen35Model(QwenVLModel):
         return super()._begin(batch) | {"delta_step": self._states.begin(batch)}
 
 
-class HybridTextModel:
+class HybridTextModel(TextModel):
     """A text-only checkpoint of the same layers in memory with its pages and states: Qwen3-Next, Qwen3.5 without vision."""
 
     delta_class: type[PackedGatedDeltaNet] = PackedGatedDeltaNet
 
     def __init__(self, module: Any, cache: HybridCache) -> None:
         """Wrap ``module``, a Transformers ``...ForCausalLM`` made ready by ``cache``."""
-        self.info = cache.info
-        self._attention, self._states = cache.attention, cache.states
-        self._text_model, self._lm_head = module.model, module.lm_head
+        super().__init__(module, cache.attention, cache.info)
+        self._states = cache.states
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> HybridTextModel:
@@ -122,10 +121,6 @@ class HybridTextModel:
         module_class = getattr(transformers, checkpoint.architecture)
         module = checkpoint.load_module(module_class, attn_implementation=ATTENTION_NAME)
         return cls(module, HybridCache(module.model, checkpoint, cls.delta_class))
-
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Allocate K and V pages of ``num_blocks`` blocks for every full-attention layer."""
-        self._attention.allocate(num_blocks)
 
     def allocate_states(self, num_slots: int) -> None:
         """Allocate ``num_slots`` recurrent states, of unknown content."""
@@ -136,25 +131,8 @@ class HybridTextModel:
         """Copy the state in slot ``source`` to slot ``target``, for every layer."""
         self._states.copy(source, target)
 
-    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
-        """Raises ValueError for any item: the model reads text only."""
-        if items:
-            raise ValueError("this model reads text only")
-        return []
-
-    @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Write K, V and states of the batch's tokens, return fp32 logits (R, vocab_size)."""
-        if batch.placements:
-            raise ValueError("this model reads text only")
-        hidden_states = self._text_model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions[:1],
-            use_cache=False,
-            paged_step=self._attention.begin(batch),
-            delta_step=self._states.begin(batch),
-        ).last_hidden_state[0]
-        return self._lm_head(hidden_states[batch.logits_indices]).float()
+    def _begin(self, batch: Batch) -> dict[str, Any]:
+        return super()._begin(batch) | {"delta_step": self._states.begin(batch)}
 
 
 class Qwen3NextModel(HybridTextModel):

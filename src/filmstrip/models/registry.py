@@ -10,6 +10,11 @@ from typing import Any
 from filmstrip.errors import ModelLoadError
 
 _MODEL_CLASSES = {
+    "LlamaForCausalLM": "filmstrip.models.text:TextModel",
+    "MistralForCausalLM": "filmstrip.models.text:TextModel",
+    "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
+    "Qwen3ForCausalLM": "filmstrip.models.text:TextModel",
+    "Qwen3MoeForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen3NextForCausalLM": "filmstrip.models.qwen3_5:Qwen3NextModel",
     "Qwen3VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen3VLMoeForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",

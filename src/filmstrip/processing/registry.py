@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import ModelLoadError
 from filmstrip.processing.base import Processor
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.tokenizer import Tokenizer
+from filmstrip.types import Modality
 
+_TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
+    "LlamaForCausalLM": _TEXT,
+    "MistralForCausalLM": _TEXT,
+    "Qwen2ForCausalLM": _TEXT,
+    "Qwen3ForCausalLM": _TEXT,
+    "Qwen3MoeForCausalLM": _TEXT,
+    "Qwen3NextForCausalLM": _TEXT,
+    "Qwen3_5ForCausalLM": _TEXT,
+    "Qwen3_5MoeForCausalLM": _TEXT,
     "Qwen3VLForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
     "Qwen3VLMoeForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
     "Qwen3_5ForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
@@ -31,6 +42,15 @@ def create_processor(
             f"{files.model!r} has the architecture {', '.join(architectures) or 'none'}; supported are {known}",
             param="model",
         )
-    module, attribute = _PROCESSORS[name]
-    factory: Callable[..., Processor] = getattr(importlib.import_module(module), attribute)
+    factory: Callable[..., Processor] = _processor_class(name)
     return factory(tokenizer, files, config, media)
+
+
+def supported_models() -> dict[str, frozenset[Modality]]:
+    """Every architecture that can be served, sorted, and the media that it takes beside text."""
+    return {name: _processor_class(name).modalities for name in sorted(_PROCESSORS)}
+
+
+def _processor_class(architecture: str) -> Any:
+    module, attribute = _PROCESSORS[architecture]
+    return getattr(importlib.import_module(module), attribute)

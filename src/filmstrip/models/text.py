@@ -1,0 +1,100 @@
+"""Packed tokens in, logits out, for text-only checkpoints that Transformers has; knows no media and no prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from filmstrip.errors import ModelLoadError
+from filmstrip.models.attention_interface import ATTENTION_NAME
+from filmstrip.models.base import EncoderInput, ModelInfo
+from filmstrip.models.batch import Batch
+from filmstrip.models.checkpoint import Checkpoint
+from filmstrip.models.devices import make_attention
+from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+
+_ROPE_TYPES_OF_LENGTH = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings that change with the longest position at hand, which in a packed batch is another request's."""
+
+
+class TextModel:
+    """A checkpoint of causal attention layers over text in memory with its paged KV cache."""
+
+    def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
+        """Wrap ``module``, a Transformers ``...ForCausalLM`` whose attention is paged."""
+        self.info = info
+        self._attention = attention
+        self._text_model, self._lm_head = module.model, module.lm_head
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> TextModel:
+        """Load the weights of ``checkpoint``; raises :class:`ModelLoadError`, also for what would be computed wrongly."""
+        module_class = getattr(transformers, checkpoint.architecture)
+        module = checkpoint.load_module(module_class, attn_implementation=ATTENTION_NAME)
+        config = module.config
+        _check_supported(config, checkpoint.architecture)
+        shape = AttentionShape(
+            num_layers=config.num_hidden_layers,
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
+        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
+        info = ModelInfo(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            max_position_embeddings=config.max_position_embeddings,
+            num_embedding_rows=1,
+            block_size=attention.block_size,
+            kv_bytes_per_token=attention.kv_bytes_per_token,
+            device=checkpoint.device,
+            dtype=checkpoint.dtype,
+        )
+        return cls(module, attention, info)
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate K and V pages of ``num_blocks`` blocks for every layer that attends."""
+        self._attention.allocate(num_blocks)
+
+    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """Raises ValueError for any item: the model reads text only."""
+        if items:
+            raise ValueError("this model reads text only")
+        return []
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Write K and V (and states) of the batch's tokens, return fp32 logits (R, vocab_size)."""
+        if batch.placements:
+            raise ValueError("this model reads text only")
+        hidden_states = self._text_model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.positions[:1],
+            use_cache=False,
+            **self._begin(batch),
+        ).last_hidden_state[0]
+        return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    def _begin(self, batch: Batch) -> dict[str, Any]:
+        """What the layers need to know of the step, as keyword arguments."""
+        return {"paged_step": self._attention.begin(batch)}
+
+
+def _check_supported(config: Any, architecture: str) -> None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",)):
+        raise ModelLoadError(
+            f"this {architecture} checkpoint attends to the last {window} tokens only, in some or all of its layers "
+            "(sliding_window in config.json), which is not supported",
+            param="model",
+        )
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in _ROPE_TYPES_OF_LENGTH:
+        raise ModelLoadError(
+            f"this {architecture} checkpoint has rotary embeddings of the type {rope_type!r} (config.json), which is not "
+            "supported",
+            param="model",
+        )
