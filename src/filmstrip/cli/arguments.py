@@ -220,6 +220,11 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_processor_flags(parser)
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.description = "List the architectures that can be served, and the media that each takes."
+    parser.add_argument("--json", action="store_true", help="Print JSON")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Directory of a checkpoint, or its id on the Hugging Face hub")
 
@@ -341,5 +346,6 @@ _COMMANDS = {
     "serve": ("serve a model over HTTP", "%(prog)s MODEL [options]", _add_serve),
     "chat": ("ask a model in the terminal", '%(prog)s MODEL [options] ["question"]', _add_chat),
     "inspect": ("show what a model would see of a video", "%(prog)s FILE_OR_URL [options]", _add_inspect),
+    "models": ("list the models that can be served", None, _add_models),
 }
 """Help, usage and what adds the flags, by command."""

@@ -11,7 +11,12 @@ from filmstrip.cli.arguments import parse_arguments
 from filmstrip.cli.options import UsageError
 from filmstrip.errors import FilmstripError
 
-_COMMANDS = {"serve": "filmstrip.cli.serve", "chat": "filmstrip.cli.chat", "inspect": "filmstrip.cli.inspect"}
+_COMMANDS = {
+    "serve": "filmstrip.cli.serve",
+    "chat": "filmstrip.cli.chat",
+    "inspect": "filmstrip.cli.inspect",
+    "models": "filmstrip.cli.models",
+}
 """Loaded on demand: a model's libraries take seconds to load, ``--help`` must not."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
