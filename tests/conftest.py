@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from filmstrip.demo.checkpoint import make_qwen3_vl
+from tests.families import Outcomes
 
 torch.set_num_threads(2)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Outcomes(), "filmstrip-outcomes")
+
+
+def pytest_collection_modifyitems(items):
+    """What looks back at the run comes last."""
+    items.sort(key=lambda item: item.path.name == "test_families.py")
 
 
 @pytest.fixture(scope="session")

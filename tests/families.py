@@ -1,0 +1,136 @@
+"""Which tests prove what of which model family, and the table of ``docs/models.md`` that says so.
+
+    python -m tests.families        run the named tests and write the table
+
+A tick stands only where all the tests named for it passed. In a run of the whole suite ``test_families.py`` holds the table
+to what its tests did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- begin families -->\n", "<!-- end families -->"
+COLUMNS = ("text", "image", "video", "time series", "mixed", "batch", "chunked", "prefix cache", "preemption")
+MEDIA = ("text", "image", "video", "mixed")
+
+
+@dataclass(frozen=True)
+class Family:
+    """``proofs``: for each column the tests, ``file::function[parameters`` as far as they tell them from others'.
+
+    ``not_for`` are columns that do not apply: the family does not take such media.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    proofs: Mapping[str, tuple[str, ...]]
+    not_for: tuple[str, ...] = ("time series",)
+
+
+def _with_vision(name: str, architecture: str, file: str, case: str, **others: str) -> Family:
+    """A family whose parity tests go through all conversations: with text alone, pictures, videos, both."""
+    seen = (f"{file}::test_alone[{case}", *((others["prompts"],) if "prompts" in others else ()))
+    proofs = dict.fromkeys(MEDIA, seen)
+    proofs |= {
+        "batch": (f"{file}::{others['batch']}[{case}",),
+        "chunked": (f"{file}::test_chunked[{case}",),
+        "prefix cache": (f"{file}::{others['prefix']}[{case}",),
+        "preemption": (f"{file}::test_after_preemption[{case}",),
+    }
+    return Family(name, (architecture,), proofs)
+
+
+def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
+    proofs = {
+        "text": (f"{file}::test_alone[{architecture}",),
+        "batch": (f"{file}::test_together_in_chunks[{architecture}",),
+        "chunked": (f"{file}::test_together_in_chunks[{architecture}",),
+        "prefix cache": (f"{file}::{prefix}[{architecture}",),
+        "preemption": (f"{file}::test_after_preemption[{architecture}",),
+    }
+    return Family(name, (architecture,), proofs, not_for=("image", "video", "time series", "mixed"))
+
+
+_ENGINE, _PROMPT = "tests/parity/test_engine.py", "tests/parity/test_prompt.py::test_prompt_parity["
+_QWEN3_5, _NEXT, _TEXT = (f"tests/parity/test_{name}.py" for name in ("qwen3_5", "qwen3_next", "text"))
+_VL = {"batch": "test_in_a_batch_of_eight", "prefix": "test_after_a_prefix_hit", "prompts": _PROMPT}
+_HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
+
+FAMILIES = (
+    _with_vision("Qwen3-VL", "Qwen3VLForConditionalGeneration", _ENGINE, "dense", **_VL),
+    _with_vision("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", _ENGINE, "moe", **_VL),
+    _with_vision(
+        *("Qwen3.5", "Qwen3_5ForConditionalGeneration", _QWEN3_5, "dense"),
+        **_HYBRID,
+        prompts=f"{_QWEN3_5}::test_prompts[dense",
+    ),
+    _with_vision(
+        *("Qwen3.5-MoE", "Qwen3_5MoeForConditionalGeneration", _QWEN3_5, "moe"),
+        **_HYBRID,
+        prompts=f"{_QWEN3_5}::test_prompts[moe",
+    ),
+    _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
+    _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
+    _text_only("Qwen3-Next", "Qwen3NextForCausalLM", _NEXT, "test_from_a_kept_state"),
+    _text_only("Qwen3", "Qwen3ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Qwen3-MoE", "Qwen3MoeForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Qwen2", "Qwen2ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Llama", "LlamaForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Mistral", "MistralForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+)
+
+
+def proven(proofs: tuple[str, ...], outcomes: Mapping[str, bool]) -> bool:
+    """Whether tests of each named kind ran, and all of them passed."""
+    return all(
+        (found := [passed for test, passed in outcomes.items() if test.startswith(proof)]) and all(found)
+        for proof in proofs
+    )
+
+
+def table(outcomes: Mapping[str, bool]) -> str:
+    """The Markdown table: ✓ proven, – does not apply, nothing: open."""
+    lines = ["| family | " + " | ".join(COLUMNS) + " |", "| --- |" + " :-: |" * len(COLUMNS)]
+    for family in FAMILIES:
+        cells = []
+        for column in COLUMNS:
+            proofs = family.proofs.get(column)
+            is_proven = proofs is not None and proven(proofs, outcomes)
+            cells.append("✓" if is_proven else "–" if column in family.not_for else " ")
+        lines.append(f"| {family.name} (`{', '.join(family.architectures)}`) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+class Outcomes:
+    """A pytest plugin that notes whether tests passed, by node id."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, bool] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test has passed if none of its phases failed and its body was not skipped."""
+        failed = report.failed or (report.when == "call" and not report.passed)
+        if failed or report.when == "call":
+            self.passed[report.nodeid] = not failed and self.passed.get(report.nodeid, True)
+
+
+def main() -> int:
+    """Run the tests that are named, write the table; the exit code is pytest's."""
+    files = sorted({proof.split("::")[0] for family in FAMILIES for tests in family.proofs.values() for proof in tests})
+    outcomes = Outcomes()
+    code = pytest.main(["-q", *files], plugins=[outcomes])
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table(outcomes.passed) + END + rest.partition(END)[2], encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
