@@ -39,6 +39,8 @@ def test_cells_hold_what_is_painted_there() -> None:
             found_x = (cells.places[token, 2] + column + 0.5) * 32 * scene.width / width
             found_y = (cells.places[token, 3] + row + 0.5) * 32 * scene.height / height
             assert np.allclose((found_x, found_y), (x, y))
+            spot_x, spot_y = (cells.spots[token, 2:] + 1) / 2
+            assert np.allclose((spot_x * scene.width, spot_y * scene.height), (x, y))
             checked += 1
     assert checked > 8
 
@@ -55,7 +57,7 @@ def test_the_loss_falls_when_features_hold_the_facts() -> None:
     scene = make_scene(1)
     cells = cells_of(View(scene, [i / scene.frames_per_second for i in range(scene.num_frames)]), 96, 128, 32)
     facts = np.concatenate(
-        [np.eye(9)[cells.colours], np.eye(16)[cells.shapes], cells.shown, cells.places], axis=1
+        [np.eye(9)[cells.colours], np.eye(16)[cells.shapes], cells.shown, cells.places, cells.spots], axis=1
     ).astype(np.float32)
     teacher = Teacher(facts.shape[1])
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)

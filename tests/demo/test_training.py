@@ -164,7 +164,7 @@ def test_a_glimpse_is_a_part_of_the_clip(pool: Pool, watcher: Watcher) -> None:
         assert np.array_equal(patches, groups[chosen].reshape(-1, patches.shape[1]))
         (cells,) = seen.cells[shown.kind]
         whole = cells_of(shown.view(), shown.height, shown.width, cell_pixels)
-        for name in ("colours", "shapes", "shown", "places"):
+        for name in ("colours", "shapes", "shown", "places", "spots"):
             rows = getattr(whole, name)
             rows = rows.reshape(grid_t, height * width // 4, *rows.shape[1:])[chosen]
             assert np.array_equal(getattr(cells, name), rows.reshape(getattr(cells, name).shape))

@@ -22,7 +22,7 @@ _SHAPES = ("none", *SHAPES, *DIGITS)
 _MARGIN_PIXELS = 8
 _EMPTY_WEIGHT = 0.2
 _NUM_FRAMES = 2
-_NUM_OUTPUTS = len(_COLOURS) + len(_SHAPES) + _NUM_FRAMES + 2 * _NUM_FRAMES
+_SIZES = (len(_COLOURS), len(_SHAPES), _NUM_FRAMES, 2 * _NUM_FRAMES, 2 * _NUM_FRAMES)
 
 
 @dataclass
@@ -31,18 +31,19 @@ class Cells:
 
     ``colours`` and ``shapes`` are class numbers (num_tokens,), 0 for an empty cell; ``shown`` (num_tokens, 2) says in
     which frames of the group; ``places`` (num_tokens, 4) are x and y of the centre in both frames, from the cell's middle,
-    in cells.
+    in cells; ``spots`` (num_tokens, 4) the same from the picture's middle, -1 to 1 from edge to edge.
     """
 
     colours: np.ndarray
     shapes: np.ndarray
     shown: np.ndarray
     places: np.ndarray
+    spots: np.ndarray
 
     @staticmethod
     def join(parts: list[Cells]) -> Cells:
         """Facts of several items, one after the other."""
-        names = ("colours", "shapes", "shown", "places")
+        names = ("colours", "shapes", "shown", "places", "spots")
         return Cells(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -50,7 +51,10 @@ def cells_of(view: View, height: int, width: int, cell_pixels: int) -> Cells:
     """Facts of a video or picture that is shown at ``height`` x ``width`` pixels."""
     rows, columns = height // cell_pixels, width // cell_pixels
     shape = (len(view.groups), rows, columns)
-    cells = Cells(np.zeros(shape, int), np.zeros(shape, int), np.zeros((*shape, 2), bool), np.zeros((*shape, 4)))
+    cells = Cells(
+        *(np.zeros(shape, int), np.zeros(shape, int), np.zeros((*shape, 2), bool)),
+        *(np.zeros((*shape, 4)), np.zeros((*shape, 4))),
+    )
     middles_y, middles_x = (np.mgrid[0:rows, 0:columns] + 0.5) * cell_pixels
     for number, group in enumerate(view.groups):
         nearest = np.full((rows, columns), np.inf)
@@ -72,12 +76,14 @@ def cells_of(view: View, height: int, width: int, cell_pixels: int) -> Cells:
             cells.shown[number][here] = [thing.is_shown(seconds) for seconds in group]
             places = [part for x, y, *_ in boxes for part in ((x - middles_x), (y - middles_y))]
             cells.places[number][here] = np.stack(places, -1)[here] / cell_pixels
+            cells.spots[number][here] = [part for x, y, *_ in boxes for part in (2 * x / width - 1, 2 * y / height - 1)]
     flat = int(np.prod(shape))
     return Cells(
         cells.colours.reshape(flat),
         cells.shapes.reshape(flat),
         cells.shown.reshape(flat, 2),
         cells.places.reshape(flat, 4),
+        cells.spots.reshape(flat, 4),
     )
 
 
@@ -94,12 +100,11 @@ class Teacher(nn.Module):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(num_features)
-        self.read = nn.Linear(num_features, _NUM_OUTPUTS)
+        self.read = nn.Linear(num_features, sum(_SIZES))
 
     def forward(self, features: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss, and how much is read right in cells that are not empty; ``features`` are (num_tokens, num_features)."""
-        sizes = (len(_COLOURS), len(_SHAPES), _NUM_FRAMES, 2 * _NUM_FRAMES)
-        colours, shapes, shown, places = self.read(self.norm(features.float())).split(sizes, -1)
+        colours, shapes, shown, places, spots = self.read(self.norm(features.float())).split(_SIZES, -1)
         colour, shape = torch.from_numpy(cells.colours), torch.from_numpy(cells.shapes)
         is_full = colour > 0
         weights = torch.where(is_full, 1.0, _EMPTY_WEIGHT)
@@ -116,13 +121,17 @@ class Teacher(nn.Module):
         moved, wanted_moved = (x[both][:, 2:] - x[both][:, :2] for x in (places, wanted))
         motion = F.smooth_l1_loss(moved, wanted_moved, beta=0.02, reduction="none").sum(-1)
         count = max(int(both.sum()), 1)
-        loss = loss + (distance.sum() + 3 * motion.sum()) / count
+        # Attention knows distances between tokens only; where in the picture something is, features have to say.
+        wanted_spots = torch.from_numpy(cells.spots).float()[both]
+        off = F.smooth_l1_loss(spots[both], wanted_spots, beta=0.1, reduction="none").sum(-1)
+        loss = loss + (distance.sum() + 3 * motion.sum() + off.sum()) / count
         with torch.no_grad():
             full = max(int(is_full.sum()), 1)
             seen = {
                 "sees_colour": float((colours.argmax(-1) == colour)[is_full].sum()) / full,
                 "sees_shape": float((shapes.argmax(-1) == shape)[is_full].sum()) / full,
                 "sees_place": float((places[both] - wanted[both]).abs().mean()) if int(both.sum()) else 0.0,
+                "sees_spot": float((spots[both] - wanted_spots).abs().mean()) if int(both.sum()) else 0.0,
                 "sees_motion": float((moved - wanted_moved).abs().mean()) if int(both.sum()) else 0.0,
             }
         return loss, seen

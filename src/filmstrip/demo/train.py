@@ -7,7 +7,7 @@ WORK holds ``base`` (an untrained checkpoint), ``pool`` and ``val`` (see :mod:`f
 
 Each clip is encoded once and asked about many times: every question stands behind the same prompt prefix, at the positions
 it would have alone, and sees the prefix and itself only (Krell et al., "Efficient Sequence Packing", 2021, with a shared
-prefix). So a step of 16 clips teaches about 160 questions.
+prefix). So a step of 20 clips teaches about 400 questions.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _MAX_GROUPS_OF_TWO = 40
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
 _DRAWN_AHEAD = 4
 _GROUPS_OF_GLIMPSE = 1
+_QUESTIONS_OF_CLIP = 24
 _GLIMPSED_SHARE = 0.5
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
@@ -229,7 +230,7 @@ class Drawer:
         elif kind < 0.17:
             chosen, questions = self._about_two(rng, item)
         else:
-            chosen, questions = [item], ask_some(item[1].view(), rng, 10, WEIGHTS)
+            chosen, questions = [item], ask_some(item[1].view(), rng, _QUESTIONS_OF_CLIP, WEIGHTS)
         chains = [[question] for question in questions]
         if len(chosen) == 1 and item[1].kind == "video" and rng.random() < 0.35:
             chain = ask_in_turn(item[1].view(), rng, 4)
@@ -256,7 +257,7 @@ class Drawer:
             other = rng.choice(self._pool.items)
         views = item[1].view(), other[1].view()
         if len(views[0].groups) + len(views[1].groups) > _MAX_GROUPS_OF_TWO:
-            return [item], ask_some(views[0], rng, 10, WEIGHTS)
+            return [item], ask_some(views[0], rng, _QUESTIONS_OF_CLIP, WEIGHTS)
         return [item, other], _different(ask_of_two(views, rng) for _ in range(14))
 
 
@@ -434,6 +435,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step."""
         state, arguments = self._state, self._arguments
+        if state.step >= arguments.watch_steps:
+            self._rest_tower()
         scores, losses, started = Scores(), [], time.monotonic()
         saved = time.monotonic()
         for batch, draw in self._drawn():
@@ -445,6 +448,8 @@ class Trainer:
                     group["lr"] = arguments.learning_rate * scale * self._rate()
             losses.append(self._step(batch, scores))
             state.step += 1
+            if state.step == arguments.watch_steps:
+                self._rest_tower()
             state.draw = draw
             if state.step % arguments.log_steps == 0:
                 self._pool.refresh()
@@ -483,6 +488,14 @@ class Trainer:
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
         return state
+
+    def _rest_tower(self) -> None:
+        """Let the vision tower's layers rest: they see well, and answers alone make them see worse.
+
+        What lies between them and the text model goes on learning.
+        """
+        for name, parameter in self._state.model.model.visual.named_parameters():
+            parameter.requires_grad_("merger" in name)
 
     def _save(self) -> None:
         state, path = self._state, self._work / "state.pt"
