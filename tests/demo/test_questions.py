@@ -16,6 +16,8 @@ from filmstrip.demo.questions import (
     ask_some,
     grid_name,
     is_right,
+    list_looks,
+    transcribe,
 )
 from filmstrip.demo.scenes import Background, Scene, Thing, make_picture_scene, make_scene, picture_of
 
@@ -170,3 +172,17 @@ def test_words_are_right_or_wrong() -> None:
     assert not is_right(question, "A blue star grows. A red circle moves right.")
     assert is_right(Question("colour", "?", "Red"), " red. ")
     assert not is_right(Question("colour", "?", "Red"), "Red and blue")
+
+
+def test_lists_say_what_is_seen_when(scene: Scene) -> None:
+    view = View(scene, [0.0, 0.5, 2.5, 3.0, 3.5, 4.0, 6.5, 7.0])
+    said = transcribe(view)
+    assert said is not None
+    assert said.answer == (
+        "0.2: red circle left. 2.8: red circle center, digit 7. 3.8: red circle center, digit 7, blue star bottom. "
+        "6.8: blue star bottom."
+    )
+    looks = list_looks(view)
+    assert looks is not None
+    assert looks.answer == "Circle: red. Star: blue."
+    assert transcribe(View(scene, [i / 10 for i in range(80)])) is None

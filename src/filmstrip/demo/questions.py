@@ -20,6 +20,7 @@ GRID = (
 """Names of the nine parts of a picture, by row and column."""
 
 ORDINALS = ("first", "second")
+_MAX_TRANSCRIBED_GROUPS = 14
 _EDGE = 0.1
 """A place this near to the border between two parts of the grid (in parts) is not asked for."""
 
@@ -211,6 +212,41 @@ def ask_of_picture(picture: Scene, view: View | None, rng: random.Random) -> Que
     if question is None:
         return None
     return Question("picture_and_video", question.text, question.answer, question.seconds)
+
+
+def transcribe(view: View) -> Question | None:
+    """What is seen beside each time and where, if there are not too many times to say it.
+
+    A small model that learns from short answers alone finds no way from a time to what is seen then, nor back, for
+    thousands of steps; one long answer of many such pairs shows it.
+    """
+    if len(view.groups) > _MAX_TRANSCRIBED_GROUPS:
+        return None
+    lines = []
+    for label, group in zip(view.labels, view.groups, strict=True):
+        seen = [_seen_at(view, thing, group) for thing in view.things if any(thing.is_shown(t) for t in group)]
+        lines.append(f"{label}: {', '.join(seen) or 'nothing'}.")
+    return Question("transcribe", "List what is seen at each time.", " ".join(lines))
+
+
+def list_looks(view: View) -> Question | None:
+    """The shapes with their colours, shape first."""
+    if not view.shapes:
+        return None
+    looks = [
+        f"{capitalized(thing.shape)}: {thing.colour}" + (f", then {thing.later_colour}" if view.changes(thing) else "")
+        for thing in view.shapes
+    ]
+    return Question("list_looks", "List the shapes with their colours.", f"{'. '.join(looks)}.")
+
+
+def _seen_at(view: View, thing: Thing, group: Sequence[float]) -> str:
+    if thing.is_digit:
+        return f"digit {thing.shape}"
+    seconds = next(t for t in group if thing.is_shown(t))
+    x, y, _ = thing.place(seconds)
+    row, column = (min(int(3 * share), 2) for share in (y / view.scene.height, x / view.scene.width))
+    return f"{thing.colour_at(seconds)} {thing.shape} {GRID[row][column]}"
 
 
 def is_right(question: Question, answer: str, *, tolerance_seconds: float = 0.5) -> bool:

@@ -38,7 +38,17 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLFor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
-from filmstrip.demo.questions import WEIGHTS, Question, View, ask_in_turn, ask_of_picture, ask_of_two, ask_some
+from filmstrip.demo.questions import (
+    WEIGHTS,
+    Question,
+    View,
+    ask_in_turn,
+    ask_of_picture,
+    ask_of_two,
+    ask_some,
+    list_looks,
+    transcribe,
+)
 from filmstrip.demo.recipe import make_model, write_checkpoint
 from filmstrip.demo.teacher import Cells, Teacher, cells_of
 
@@ -49,7 +59,8 @@ _MAX_GROUPS_OF_TWO = 40
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
 _DRAWN_AHEAD = 4
 _GROUPS_OF_GLIMPSE = 1
-_QUESTIONS_OF_CLIP = 24
+_QUESTIONS_OF_CLIP = 16
+_LIST_SHARE = 0.6
 _GLIMPSED_SHARE = 0.5
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
@@ -230,12 +241,18 @@ class Drawer:
         elif kind < 0.17:
             chosen, questions = self._about_two(rng, item)
         else:
-            chosen, questions = [item], ask_some(item[1].view(), rng, _QUESTIONS_OF_CLIP, WEIGHTS)
+            chosen, questions = [item], self._about_one(rng, item[1].view())
         chains = [[question] for question in questions]
         if len(chosen) == 1 and item[1].kind == "video" and rng.random() < 0.35:
             chain = ask_in_turn(item[1].view(), rng, 4)
             chains += [chain] if chain else []
         return pack(self._watcher, self._pool, chosen, chains, system) if chains else None
+
+    def _about_one(self, rng: random.Random, view: View) -> list[Question]:
+        lists = [
+            question for question in (transcribe(view), list_looks(view)) if question and rng.random() < _LIST_SHARE
+        ]
+        return lists + ask_some(view, rng, _QUESTIONS_OF_CLIP, WEIGHTS)
 
     def _about_picture(self, rng: random.Random, place: int) -> tuple[list[tuple[str, Shown]], list[Question]]:
         item = self._pool.items[place]
