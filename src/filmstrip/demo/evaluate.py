@@ -1,20 +1,14 @@
 """A served model and held-out seeds in, a table of right answers by kind of question out, all through files and HTTP.
 
-    python -m filmstrip.demo.evaluate --model CHECKPOINT --num-clips 500 --num-ablation-clips 200 --output table.json
-
 Every clip is encoded to a file of its own and asked about over ``/v1/chat/completions``, as any client would. Ablations show
 that the answers come from watching: the same questions are asked about clips from which just one thing was taken.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +17,7 @@ from typing import Any
 from filmstrip.demo.clips import encode_frames, encode_picture, encode_scene
 from filmstrip.demo.questions import Question, View, ask, ask_in_turn, ask_of_picture, ask_of_two, is_right
 from filmstrip.demo.scenes import Painter, Scene, make_picture_scene, make_scene, picture_of
-from filmstrip.demo.serving import Client, image, running_server, video, words_of
+from filmstrip.demo.serving import Client, image, video, words_of
 
 FIRST_SEED = 2_000_000_000
 """Seeds for measuring: far from those of training, and from those looked at while training."""
@@ -212,52 +206,3 @@ def evaluate_ablations(url: str, folder: Path, *, num_clips: int, first_seed: in
         seeds = range(first_seed, first_seed + num_clips)
         list(clients.map(lambda seed: measure_ablations(client, seed, tables), seeds))
     return tables
-
-
-def main() -> None:
-    """Print a table, and write it as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m filmstrip.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint directory to serve")
-    parser.add_argument("--num-clips", type=int, default=500)
-    parser.add_argument(
-        "--questions-per-clip", type=int, default=4, help="besides those in turn, of two and of pictures"
-    )
-    parser.add_argument("--num-ablation-clips", type=int, default=0, help="(default: none)")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="filmstrip-evaluate-") as name:
-        folder = Path(name)
-        with running_server(arguments.model, folder) as server:
-            table = evaluate(
-                *(server.url, folder),
-                num_clips=arguments.num_clips,
-                questions_per_clip=arguments.questions_per_clip,
-                first_seed=arguments.first_seed,
-            )
-            ablations = evaluate_ablations(
-                server.url, folder, num_clips=arguments.num_ablation_clips, first_seed=arguments.first_seed
-            )
-    summary: dict[str, Any] = {"num_clips": arguments.num_clips, **table.summary()}
-    if arguments.num_ablation_clips:
-        summary["ablations"] = {name: ablated.summary() for name, ablated in ablations.items()}
-    for line in _lines(summary):
-        sys.stdout.write(f"{line}\n")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps({**summary, "wrong": table.wrong}, indent=1) + "\n", encoding="utf-8")
-
-
-def _lines(summary: dict[str, Any]) -> Iterator[str]:
-    yield f"{'all':<20} {summary['asked']:>6} {summary['right']:7.1%}"
-    for kind, row in summary["kinds"].items():
-        yield f"{kind:<20} {row['asked']:>6} {row['right']:7.1%}"
-    ablations = summary.get("ablations", {})
-    kinds = sorted({kind for rows in ablations.values() for kind in rows["kinds"]})
-    if ablations:
-        yield f"{'ablation':<20}" + "".join(f"{kind:>12}" for kind in kinds)
-    for name, rows in ablations.items():
-        yield f"{name:<20}" + "".join(f"{rows['kinds'].get(kind, {}).get('right', 0.0):>12.1%}" for kind in kinds)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,9 +38,15 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(
-    model: str, folder: Path, *, host: str = "127.0.0.1", port: int = 0, start_timeout_seconds: float = 300
+    model: str,
+    folder: Path,
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    start_timeout_seconds: float = 300,
 ) -> Iterator[RunningServer]:
-    """A ``filmstrip serve`` of ``model`` that may read ``folder``. ``port`` 0 takes a free one.
+    """A ``filmstrip serve`` of ``model`` as ``name`` that may read ``folder``. ``port`` 0 takes a free one.
 
     The process ends with the context. Raises ServerNotStarted.
     """
@@ -54,9 +60,13 @@ def running_server(
     command = [
         *(sys.executable, "-m", "filmstrip.cli.main", "serve", model, "--host", host, "--port", str(port)),
         *("--allowed-local-media-path", str(folder), "--log-level", "warning"),
+        # Layers as small as the demo model's are done before a second thread is awake.
+        *("--num-threads", "1"),
+        *(() if name is None else ("--served-model-name", name)),
         *("--max-model-len", "8192", "--kv-cache-gb", "0.25", "--encoder-cache-gb", "0.05"),
     ]
-    process = subprocess.Popen(command, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.Popen(command, env=os.environ | environment)
     url = f"http://{host}:{port}"
     try:
         _wait_until_healthy(url, process, start_timeout_seconds)
