@@ -26,6 +26,9 @@ from tests.media.test_loader import PNG, data_url, load, make_video, plan_of, vi
 CLIP = make_video()
 linux_only = pytest.mark.skipif(not sandbox.is_supported(), reason="this system cannot filter system calls")
 
+_AUTOGROUP_SWITCH = Path("/proc/sys/kernel/sched_autogroup_enabled")
+IS_GROUPED_BY_SESSION = _AUTOGROUP_SWITCH.exists() and _AUTOGROUP_SWITCH.read_text().strip() == "1"
+
 
 def faulty(words):
     return video_item(data_url("video/mp4", CLIP + fault(words)))
@@ -188,11 +191,12 @@ async def test_workers_stand_behind_everybody_else():
         (template,) = psutil.Process().children()
         (worker,) = template.children()
         assert worker.nice() - psutil.Process().nice() == 10
-        groups = [Path(f"/proc/{pid}/autogroup") for pid in (os.getpid(), template.pid, worker.pid)]
-        if groups[0].exists():  # the kernel groups processes by session
+        if IS_GROUPED_BY_SESSION:
+            # Empty for a process that never left the group of the first process.
+            groups = [Path(f"/proc/{pid}/autogroup") for pid in (os.getpid(), template.pid, worker.pid)]
             ours, templates, workers = [path.read_text().split() for path in groups]
             assert templates == workers
-            assert ours[0] != workers[0]
+            assert ours[:1] != workers[:1]
             assert workers[-1] == "10"
 
 
@@ -255,13 +259,16 @@ def test_a_dying_server_takes_its_workers_with_it(tmp_path):
     asyncio.run(until(lambda: not any(psutil.pid_exists(pid) for pid in pids)))
 
 
-@pytest.mark.parametrize(("count", "shares"), [(1, [4]), (2, [2, 2]), (3, [1, 1, 1]), (6, [1] * 6)])
+@pytest.mark.parametrize(("count", "shares"), [(1, [4]), (2, [2, 2]), (3, [1, 1, 1]), (6, [1] * 4)])
 async def test_items_of_one_request_share_the_threads_evenly(count, shares):
     async with loading(num_decode_threads=4) as loader:
         fetched = await loader.fetch(faulty("read count"))
         opened = [await loader.open(fetched) for _ in range(count)]
         results = await asyncio.gather(*[loader.read(each, plan_of(0)) for each in opened])
-        assert [int(patches.array[0, 0]) for patches, _ in results] == shares
+        given = [int(patches.array[0, 0]) for patches, _ in results]
+        assert given[:4] == shares
+        # The last two wait; if all others are done by then, they share the threads that those gave back.
+        assert all(num_threads in (1, 2) for num_threads in given[4:])
 
 
 async def test_a_late_item_gets_a_thread_at_once_and_all_come_back():
