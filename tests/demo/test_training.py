@@ -16,8 +16,19 @@ from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_che
 from filmstrip.demo.questions import WEIGHTS, ask_in_turn, ask_some
 from filmstrip.demo.recipe import make_model, make_tokenizer
 from filmstrip.demo.scenes import make_picture_scene, make_scene
-from filmstrip.demo.teacher import cells_of
-from filmstrip.demo.train import Drawer, Sample, Trainer, collate, fit_for_training, glimpse, pack, predict
+from filmstrip.demo.teacher import NUM_FACTS, FactEmbedding, cells_of, distance
+from filmstrip.demo.train import (
+    Drawer,
+    Sample,
+    Trainer,
+    collate,
+    fit_for_training,
+    glimpse,
+    pack,
+    pack_facts,
+    predict,
+    thinned,
+)
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.types import FrameSampling
 
@@ -121,6 +132,7 @@ def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> tor
 def test_packed_questions_see_only_the_media_and_themselves(watcher: Watcher, pool: Pool) -> None:
     plain, fitted = (make_model(watcher.tokenizer.hf, seed=1) for _ in range(2))
     fit_for_training(fitted)
+    embedding = FactEmbedding(fitted.lm_head.in_features)
     video, picture = _item(pool, "video"), _item(pool, "picture")
     view = video[1].view()
     chains = [[question] for question in ask_some(view, random.Random(1), 3, WEIGHTS)]
@@ -130,7 +142,7 @@ def test_packed_questions_see_only_the_media_and_themselves(watcher: Watcher, po
         packed = pack(watcher, pool, items, chains, None)
         other = pack(watcher, pool, [video], chains[:1], None)
         with torch.no_grad():
-            logits, wanted = predict(fitted, collate([packed, other], 0))
+            logits, wanted = predict(fitted, collate([packed, other], 0), embedding)
         assert len(wanted) == len(logits) == sum(length for _, length in packed.kinds + other.kinds)
         alone = [_plain_logits(plain, pack(watcher, pool, items, [chain], None)) for chain in chains]
         expected = torch.cat([*alone, _plain_logits(plain, other)])
@@ -170,6 +182,71 @@ def test_a_glimpse_is_a_part_of_the_clip(pool: Pool, watcher: Watcher) -> None:
             assert np.array_equal(getattr(cells, name), rows.reshape(getattr(cells, name).shape))
 
 
+def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> None:
+    model = make_model(watcher.tokenizer.hf, seed=1)
+    fit_for_training(model)
+    embedding = FactEmbedding(model.lm_head.in_features)
+    items = [_item(pool, "picture"), _item(pool, "video")]
+    shown = [each for _, each in items]
+    chains = [[question] for question in ask_some(shown[1].view(), random.Random(1), 3, WEIGHTS)]
+    whole = pack(watcher, pool, items, chains, None)
+    cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
+    tables = np.concatenate([cells_of(s.view(), s.height, s.width, cell_pixels).table() for s in shown])
+    assert tables.shape[1] == NUM_FACTS
+    is_visual = np.isin(whole.tokens, watcher.visual_tokens)
+    at = whole.positions[:, is_visual].T.tolist()
+    num_full = int((tables[:, 0] == 0).sum())
+    lengths = set()
+    for seed in range(10):
+        facts = pack_facts(watcher, shown, chains, None, random.Random(seed))
+        assert facts.facts is not None
+        places, table = facts.facts
+        lengths.add(len(places))
+        assert num_full <= len(places) == len(table) <= len(tables)
+        # What is left is what was there, in its order and at its positions; only empty cells are gone.
+        indices = [at.index(position) for position in facts.positions[:, places].T.tolist()]
+        assert indices == sorted(set(indices))
+        assert np.array_equal(table, tables[indices])
+        assert int((table[:, 0] == 0).sum()) == num_full
+        kept = np.ones(len(facts.tokens), bool)
+        kept[places] = False
+        assert np.array(facts.tokens)[kept].tolist() == np.array(whole.tokens)[~is_visual].tolist()
+        assert facts.kinds == whole.kinds
+    assert len(lengths) > 3
+    one, other = (pack_facts(watcher, shown, chains, None, random.Random(seed)) for seed in (0, 1))
+    with torch.no_grad():
+        logits, wanted = predict(model, collate([one, other], 0), embedding)
+        embedding.weight.zero_()
+        blind, _ = predict(model, collate([one, other], 0), embedding)
+        alone, _ = predict(model, collate([one], 0), embedding)
+    assert len(wanted) == len(logits) == 2 * sum(length for _, length in one.kinds)
+    assert not torch.allclose(logits, blind, atol=1e-3)
+    assert torch.allclose(blind[: len(alone)], alone, atol=2e-4)
+
+
+def test_videos_are_thinned_evenly(pool: Pool) -> None:
+    shown = max((shown for _, shown in pool.items), key=lambda shown: len(shown.frame_seconds))
+    counts = set()
+    for seed in range(30):
+        fewer = thinned(shown, random.Random(seed), 5)
+        counts.add(len(fewer.frame_seconds))
+        assert set(fewer.frame_seconds) <= set(shown.frame_seconds)
+        assert fewer.frame_seconds[0] == shown.frame_seconds[0]
+        assert fewer.frame_seconds[-1] == shown.frame_seconds[-1]
+    assert counts == {4, 6, 8, 10}
+    picture = _item(pool, "picture")[1]
+    assert thinned(picture, random.Random(0), 5) == picture
+
+
+def test_the_distance_to_facts_is_none_for_their_embedding_and_one_for_their_mean(pool: Pool, watcher: Watcher) -> None:
+    shown = _item(pool, "video")[1]
+    cells = cells_of(shown.view(), shown.height, shown.width, watcher.layout.patch_size * watcher.layout.merge_size)
+    wanted = FactEmbedding(16).embed(cells)
+    assert distance(wanted, wanted, cells) == 0
+    off = distance(wanted + wanted.std(), wanted, cells)
+    assert off.item() == pytest.approx(1, rel=1e-4)
+
+
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -179,19 +256,33 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     settings = {
         "work": str(work), "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25,
         "average_decay": 0.99, "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1,
-        "watch_steps": 2, "teacher_weight": 0.2,
+        "few_group_steps": 1, "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2,
         "seed": 0,
     }  # fmt: skip
-    Trainer(argparse.Namespace(**settings), 0).run()
-    Trainer(argparse.Namespace(**settings | {"steps": 6}), 0).run()
+    towers, mergers, words = [], [], []
+    for num_steps in (2, 4, 6):
+        Trainer(argparse.Namespace(**settings | {"steps": num_steps}), 0).run()
+        model = torch.load(work / "state.pt", weights_only=True)["model"]
+        towers.append(model["model.visual.blocks.0.attn.qkv.weight"])
+        mergers.append(model["model.visual.deepstack_merger_list.0.linear_fc2.weight"])
+        words.append(model["model.language_model.layers.0.self_attn.q_proj.weight"])
+    # Each half learns by itself; then they meet, and the tower rests but for its mergers.
+    assert not torch.equal(towers[0], towers[1])
+    assert torch.equal(words[0], words[1])
+    assert torch.equal(towers[1], towers[2])
+    assert not torch.equal(words[1], words[2])
+    assert not mergers[1].any()
+    assert mergers[2].any()
     lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 4, 6]
-    assert "sees_colour" in lines[0]
-    assert "colour" not in lines[0]  # the vision tower alone
-    assert all("direction" in line for line in lines[3:])
+    assert "direction" in lines[0]
+    assert "sees_colour" not in lines[0]  # the text model alone
+    assert "sees_colour" in lines[1]
+    assert "direction" not in lines[1]  # the vision tower alone
+    assert {"direction", "sees_colour", "far"} <= set(lines[3])
     saved = torch.load(work / "state.pt", weights_only=True)
-    # Two draws of glimpses; then the draw that the first run was in is not gone on with.
-    assert (saved["step"], saved["draw"]) == (6, 4)
+    # Two draws of facts, two of glimpses; then the draw that a run was in is not gone on with.
+    assert (saved["step"], saved["draw"]) == (6, 5)
     model = Qwen3VLForConditionalGeneration.from_pretrained(work / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(file.stat().st_size for file in (work / "model").glob("*.safetensors")) < 15 << 20

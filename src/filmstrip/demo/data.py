@@ -89,6 +89,7 @@ class Watcher:
         self._start, self._end = special["<|im_start|>"], special["<|im_end|>"]
         self._vision_start, self._vision_end = special["<|vision_start|>"], special["<|vision_end|>"]
         self._pads = {"video": special["<|video_pad|>"], "picture": special["<|image_pad|>"]}
+        self.visual_tokens = tuple(self._pads.values())
         self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(self.tokenizer.encode_text(text)))
 
     def watch(self, clip: bytes, sampling: FrameSampling) -> tuple[np.ndarray, FramePlan, tuple[float, ...]]:

@@ -1,8 +1,10 @@
 """A scene's facts in, what each visual token should know out, and how far a vision tower is from it; knows no language.
 
-Answers alone teach a vision tower slowly: a few words per clip must shape every weight. The teacher asks each merged token
-for what lies in its cell: colour, shape, in which of its group's frames it is shown, and where its centre is in both. It is
-a linear layer, used in training only.
+Answers alone teach slowly: a few words per clip must shape every weight of the vision tower, and a text model that gets
+blurred features finds no way to bind them for thousands of steps. So each half learns by itself first. The text model reads
+facts, one linear layer away, where it will read features later (:class:`FactEmbedding`). The teacher asks each merged token
+of the tower for what lies in its cell: colour, shape, in which of its group's frames it is shown, and where its centre is in
+both; and the tower learns to say it in the words that the text model knows already. Both layers are used in training only.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ _MARGIN_PIXELS = 8
 _EMPTY_WEIGHT = 0.2
 _NUM_FRAMES = 2
 _SIZES = (len(_COLOURS), len(_SHAPES), _NUM_FRAMES, 2 * _NUM_FRAMES, 2 * _NUM_FRAMES)
+NUM_FACTS = sum(_SIZES)
+"""Of a cell, one-hot classes counted one by one."""
+_EMBEDDING_STD = 0.05
 
 
 @dataclass
@@ -39,6 +44,14 @@ class Cells:
     shown: np.ndarray
     places: np.ndarray
     spots: np.ndarray
+
+    def table(self) -> np.ndarray:
+        """All facts as numbers, classes one-hot: (num_tokens, NUM_FACTS), float32."""
+        columns = (
+            *(np.eye(len(_COLOURS))[self.colours], np.eye(len(_SHAPES))[self.shapes]),
+            *(self.shown, self.places, self.spots),
+        )
+        return np.concatenate(columns, axis=1).astype(np.float32)
 
     @staticmethod
     def join(parts: list[Cells]) -> Cells:
@@ -100,7 +113,7 @@ class Teacher(nn.Module):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(num_features)
-        self.read = nn.Linear(num_features, sum(_SIZES))
+        self.read = nn.Linear(num_features, NUM_FACTS)
 
     def forward(self, features: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss, and how much is read right in cells that are not empty; ``features`` are (num_tokens, num_features)."""
@@ -135,3 +148,24 @@ class Teacher(nn.Module):
                 "sees_motion": float((moved - wanted_moved).abs().mean()) if int(both.sum()) else 0.0,
             }
         return loss, seen
+
+
+class FactEmbedding(nn.Linear):
+    """What a text model reads in place of features: (num_tokens, NUM_FACTS) -> (num_tokens, num_features)."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(NUM_FACTS, num_features)
+        nn.init.normal_(self.weight, std=_EMBEDDING_STD)
+        nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def embed(self, cells: Cells) -> torch.Tensor:
+        """What a tower's features should be, (num_tokens, num_features)."""
+        return self(torch.from_numpy(cells.table()))
+
+
+def distance(features: torch.Tensor, wanted: torch.Tensor, cells: Cells) -> torch.Tensor:
+    """Mean squared distance in shares of the variance of ``wanted``; empty cells count less."""
+    weights = torch.from_numpy(np.where(cells.colours > 0, 1.0, _EMPTY_WEIGHT)).float()
+    squares = (features.float() - wanted).square().mean(-1)
+    return (weights * squares).sum() / (weights.sum() * wanted.var())

@@ -5,6 +5,10 @@
 WORK holds ``base`` (an untrained checkpoint), ``pool`` and ``val`` (see :mod:`filmstrip.demo.data`), and gets ``state.pt``
 (everything needed to go on), ``log.jsonl`` (one object per line) and ``model`` (the checkpoint, bfloat16).
 
+Three lessons follow each other. The text model learns to answer from facts: a linear layer's embedding of what lies in each
+cell stands where features of pixels will be, few groups of frames at first. The vision tower learns, from single groups of
+frames of many clips, to say what lies in each cell in that embedding's words. Then both work together on whole clips.
+
 Each clip is encoded once and asked about many times: every question stands behind the same prompt prefix, at the positions
 it would have alone, and sees the prefix and itself only (Krell et al., "Efficient Sequence Packing", 2021, with a shared
 prefix). So a step of 20 clips teaches about 400 questions.
@@ -25,14 +29,14 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import distributed
+from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
@@ -50,7 +54,7 @@ from filmstrip.demo.questions import (
     transcribe,
 )
 from filmstrip.demo.recipe import make_model, write_checkpoint
-from filmstrip.demo.teacher import Cells, Teacher, cells_of
+from filmstrip.demo.teacher import Cells, FactEmbedding, Teacher, cells_of, distance
 
 ATTENTION_NAME = "filmstrip_demo_training"
 
@@ -60,6 +64,10 @@ _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about th
 _DRAWN_AHEAD = 4
 _GROUPS_OF_GLIMPSE = 1
 _QUESTIONS_OF_CLIP = 16
+_QUESTIONS_OF_FACTS = 8
+_FEW_GROUPS = 5
+_EMPTINESS = 4
+"""The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
 _GLIMPSED_SHARE = 0.5
 _MUON_SCALE = 3.0
@@ -90,6 +98,8 @@ class Sample(Seen):
     is_answer: list[bool]
     kinds: list[tuple[str, int]]
     """Kind of each answer, and how many tokens it has."""
+    facts: tuple[np.ndarray, np.ndarray] | None = None
+    """Places of the visual tokens and their table of facts; None where pixels are shown."""
 
 
 @dataclass
@@ -109,13 +119,41 @@ class Batch(Glimpses):
     mask: torch.Tensor
     targets: torch.Tensor
     kinds: list[tuple[str, int]]
+    facts: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Flat places of the visual tokens and their table of facts; None where features are shown."""
 
 
 def pack(
     watcher: Watcher, pool: Pool, items: list[tuple[str, Shown]], chains: list[list[Question]], system: str | None
 ) -> Sample:
     """A prompt about ``items`` and chains of questions, each of which starts right behind it."""
-    shown = [item[1] for item in items]
+    sample = _packed(watcher, [shown for _, shown in items], chains, system)
+    for item in items:
+        sample.pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
+        sample.cells[item[1].kind].append(_cells(watcher, item[1]))
+    return sample
+
+
+def pack_facts(
+    watcher: Watcher, shown: list[Shown], chains: list[list[Question]], system: str | None, rng: random.Random
+) -> Sample:
+    """As :func:`pack`, facts in place of pixels. Most empty cells are left out, which makes prompts half as long."""
+    sample = _packed(watcher, shown, chains, system)
+    cells = Cells.join([_cells(watcher, each) for each in shown])
+    is_visual = np.isin(sample.tokens, watcher.visual_tokens)
+    kept_share = rng.random() ** _EMPTINESS
+    is_kept = (cells.colours > 0) | np.array([rng.random() < kept_share for _ in cells.colours])
+    keep = np.ones(len(sample.tokens), bool)
+    keep[is_visual] = is_kept
+    sample.tokens = list(itertools.compress(sample.tokens, keep))
+    sample.segments = list(itertools.compress(sample.segments, keep))
+    sample.is_answer = list(itertools.compress(sample.is_answer, keep))
+    sample.positions = sample.positions[:, keep]
+    sample.facts = (np.flatnonzero(is_visual[keep]), cells.table()[is_kept])
+    return sample
+
+
+def _packed(watcher: Watcher, shown: list[Shown], chains: list[list[Question]], system: str | None) -> Sample:
     prefix = watcher.prefix(shown, system)
     tokens, segments = list(prefix.token_ids), [0] * len(prefix.token_ids)
     is_answer = [False] * len(tokens)
@@ -132,13 +170,23 @@ def pack(
             kinds.append((question.kind, sum(answers)))
         segments += [number] * length
         positions.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
-    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]] = defaultdict(list)
-    cells: dict[str, list[Cells]] = defaultdict(list)
-    cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
-    for item in items:
-        pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
-        cells[item[1].kind].append(cells_of(item[1].view(), item[1].height, item[1].width, cell_pixels))
-    return Sample(pixels, cells, tokens, np.concatenate(positions, axis=1), segments, is_answer, kinds)
+    all_positions = np.concatenate(positions, axis=1)
+    return Sample(defaultdict(list), defaultdict(list), tokens, all_positions, segments, is_answer, kinds)
+
+
+def _cells(watcher: Watcher, shown: Shown) -> Cells:
+    return cells_of(shown.view(), shown.height, shown.width, watcher.layout.patch_size * watcher.layout.merge_size)
+
+
+def thinned(shown: Shown, rng: random.Random, max_groups: int) -> Shown:
+    """A video at fewer of its frames, evenly spread: two to ``max_groups`` groups."""
+    num_frames = len(shown.frame_seconds)
+    num_groups = (num_frames + 1) // 2
+    wanted = rng.randint(2, max(2, min(num_groups, max_groups)))
+    if shown.kind != "video" or wanted >= num_groups:
+        return shown
+    chosen = np.linspace(0, num_frames - 1, 2 * wanted).round().astype(int)
+    return replace(shown, frame_seconds=tuple(shown.frame_seconds[index] for index in chosen))
 
 
 def glimpse(watcher: Watcher, pool: Pool, item: tuple[str, Shown], rng: random.Random, max_groups: int) -> Seen:
@@ -173,10 +221,17 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
     glimpses = _side_by_side(samples)
     targets = torch.from_numpy(np.flatnonzero(is_answer))
     kinds = [kind for sample in samples for kind in sample.kinds]
+    facts = [(row * length + sample.facts[0], sample.facts[1]) for row, sample in enumerate(samples) if sample.facts]
     return Batch(
         *(glimpses.pixels, glimpses.cells),
         *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
+        _joined(facts) if facts else None,
     )
+
+
+def _joined(facts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    places, tables = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*facts, strict=True))
+    return places, tables
 
 
 def _shape_of(seen: Seen) -> tuple[int, ...]:
@@ -208,9 +263,15 @@ class Drawer:
 
     def batches(self, number: int) -> Iterator[Batch]:
         """The batches of draw number ``number``: prompts of about the same length lie together."""
-        rng = random.Random(f"draw {number}")
-        samples = [sample for _ in range(_ITEMS_PER_DRAW) if (sample := self._sample(rng)) is not None]
-        samples.sort(key=lambda sample: len(sample.tokens))
+        yield from self._batches(random.Random(f"draw {number}"), None)
+
+    def fact_batches(self, number: int, max_groups: int) -> Iterator[Batch]:
+        """As :meth:`batches`, facts in place of pixels, and at most ``max_groups`` groups of frames of a video."""
+        yield from self._batches(random.Random(f"facts {number}"), max_groups)
+
+    def _batches(self, rng: random.Random, max_groups: int | None) -> Iterator[Batch]:
+        drawn = [self._sample(rng, max_groups) for _ in range(_ITEMS_PER_DRAW)]
+        samples = sorted((sample for sample in drawn if sample is not None), key=lambda sample: len(sample.tokens))
         groups: list[list[Sample]] = [[]]
         for sample in samples:
             if groups[-1] and (len(groups[-1]) + 1) * len(sample.tokens) > self._max_tokens:
@@ -232,50 +293,61 @@ class Drawer:
         seen.sort(key=_shape_of)  # frames of one shape go through attention together
         return _side_by_side(seen)
 
-    def _sample(self, rng: random.Random) -> Sample | None:
-        place, kind = rng.randrange(len(self._pool.items)), rng.random()
-        item = self._pool.items[place]
+    def _sample(self, rng: random.Random, max_groups: int | None) -> Sample | None:
+        num_questions = _QUESTIONS_OF_CLIP if max_groups is None else _QUESTIONS_OF_FACTS
+        chosen = self._choose(rng)
+        if max_groups is not None:
+            chosen = [(shard, thinned(shown, rng, max_groups)) for shard, shown in chosen]
+        shown = [each for _, each in chosen]
         system = rng.choice(_SYSTEM_PROMPTS) if rng.random() < 0.08 else None
-        if item[1].kind == "picture":
-            chosen, questions = self._about_picture(rng, place)
-        elif kind < 0.17:
-            chosen, questions = self._about_two(rng, item)
-        else:
-            chosen, questions = [item], self._about_one(rng, item[1].view())
+        questions = _questions_about(shown, rng, num_questions)
         chains = [[question] for question in questions]
-        if len(chosen) == 1 and item[1].kind == "video" and rng.random() < 0.35:
-            chain = ask_in_turn(item[1].view(), rng, 4)
+        if len(shown) == 1 and shown[0].kind == "video" and rng.random() < 0.35:
+            chain = ask_in_turn(shown[0].view(), rng, 4)
             chains += [chain] if chain else []
-        return pack(self._watcher, self._pool, chosen, chains, system) if chains else None
+        if not chains:
+            return None
+        if max_groups is not None:
+            return pack_facts(self._watcher, shown, chains, system, rng)
+        return pack(self._watcher, self._pool, chosen, chains, system)
 
-    def _about_one(self, rng: random.Random, view: View) -> list[Question]:
-        lists = [
-            question for question in (transcribe(view), list_looks(view)) if question and rng.random() < _LIST_SHARE
-        ]
-        return lists + ask_some(view, rng, _QUESTIONS_OF_CLIP, WEIGHTS)
-
-    def _about_picture(self, rng: random.Random, place: int) -> tuple[list[tuple[str, Shown]], list[Question]]:
+    def _choose(self, rng: random.Random) -> list[tuple[str, Shown]]:
+        """A video, two videos, a picture, or a picture and a video."""
+        place = rng.randrange(len(self._pool.items))
         item = self._pool.items[place]
-        picture = item[1].scene()
-        if rng.random() < 0.25:
-            return [item], _different(ask_of_picture(picture, None, rng) for _ in range(5))
-        # The video that a picture was made for stands right before it.
-        video = self._pool.items[place - 1] if item[1].of_seed is not None else None
-        while video is None or video[1].kind != "video":
-            video = rng.choice(self._pool.items)
-        view = video[1].view()
-        questions = _different(ask_of_picture(picture, view, rng) for _ in range(10))
-        chosen = [item, video] if rng.random() < 0.5 else [video, item]
-        return chosen, questions + ask_some(view, rng, 3, WEIGHTS)
+        if item[1].kind == "picture":
+            if rng.random() < 0.25:
+                return [item]
+            # The video that a picture was made for stands right before it.
+            video = self._pool.items[place - 1] if item[1].of_seed is not None else self._video(rng)
+            video = video if video[1].kind == "video" else self._video(rng)
+            return [item, video] if rng.random() < 0.5 else [video, item]
+        if rng.random() < 0.17:
+            other = self._video(rng)
+            num_frames = len(item[1].frame_seconds) + len(other[1].frame_seconds)
+            return [item, other] if num_frames <= 2 * _MAX_GROUPS_OF_TWO else [item]
+        return [item]
 
-    def _about_two(self, rng: random.Random, item: tuple[str, Shown]) -> tuple[list[tuple[str, Shown]], list[Question]]:
-        other = rng.choice(self._pool.items)
-        while other[1].kind != "video":
-            other = rng.choice(self._pool.items)
-        views = item[1].view(), other[1].view()
-        if len(views[0].groups) + len(views[1].groups) > _MAX_GROUPS_OF_TWO:
-            return [item], ask_some(views[0], rng, _QUESTIONS_OF_CLIP, WEIGHTS)
-        return [item, other], _different(ask_of_two(views, rng) for _ in range(14))
+    def _video(self, rng: random.Random) -> tuple[str, Shown]:
+        while (item := rng.choice(self._pool.items))[1].kind != "video":
+            pass
+        return item
+
+
+def _questions_about(shown: list[Shown], rng: random.Random, num_questions: int) -> list[Question]:
+    views = [each.view() for each in shown if each.kind == "video"]
+    pictures = [each.scene() for each in shown if each.kind == "picture"]
+    if pictures and not views:
+        return _different(ask_of_picture(pictures[0], None, rng) for _ in range(5))
+    if pictures:
+        questions = _different(ask_of_picture(pictures[0], views[0], rng) for _ in range(10))
+        return questions + ask_some(views[0], rng, 3, WEIGHTS)
+    if len(views) == 2:
+        return _different(ask_of_two((views[0], views[1]), rng) for _ in range(num_questions))
+    lists = [
+        question for question in (transcribe(views[0]), list_looks(views[0])) if question and rng.random() < _LIST_SHARE
+    ]
+    return lists + ask_some(views[0], rng, num_questions, WEIGHTS)
 
 
 def _different(questions: Iterator[Question | None]) -> list[Question]:
@@ -352,17 +424,25 @@ def _normalized(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def predict(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    model: Qwen3VLForConditionalGeneration, batch: Batch, embedding: FactEmbedding
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits for every answer token, float32 (num_targets, vocabulary), and the tokens themselves."""
-    inputs: dict[str, torch.Tensor] = {}
-    for kind, (pixels, grids) in batch.pixels.items():
-        pixel_name, grid_name = _INPUT_NAMES[kind]
-        inputs[pixel_name] = _normalized(pixels)
-        inputs[grid_name] = grids
-    hidden = model.model(
-        input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False, **inputs
-    ).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1)[batch.targets - 1])
+    known = {"position_ids": batch.positions, "attention_mask": batch.mask, "use_cache": False}
+    if batch.facts is not None:
+        places, table = batch.facts
+        shown = model.get_input_embeddings()(batch.tokens)
+        facts = embedding(table).to(shown.dtype)
+        shown = shown.flatten(0, 1).index_copy(0, places, facts).view(shown.shape)
+        output = model.model.language_model(inputs_embeds=shown, **known)
+    else:
+        pixels: dict[str, torch.Tensor] = {}
+        for kind, (patches, grids) in batch.pixels.items():
+            pixel_name, grid_name = _INPUT_NAMES[kind]
+            pixels[pixel_name] = _normalized(patches)
+            pixels[grid_name] = grids
+        output = model.model(input_ids=batch.tokens, **known, **pixels)
+    logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch.targets - 1])
     return logits.float(), batch.tokens.flatten()[batch.targets]
 
 
@@ -402,12 +482,13 @@ class State:
     model: Qwen3VLForConditionalGeneration
     average: Qwen3VLForConditionalGeneration
     teacher: Teacher
+    embedding: FactEmbedding
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     draw: int = 0
 
 
-def _optimizers(model: Qwen3VLForConditionalGeneration, teacher: Teacher) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Qwen3VLForConditionalGeneration, *helpers: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers, AdamW for tables, patches, biases and norms."""
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -417,7 +498,7 @@ def _optimizers(model: Qwen3VLForConditionalGeneration, teacher: Teacher) -> lis
             tables.append(parameter)
         else:
             matrices.append(parameter)
-    tables.extend(teacher.parameters())
+    tables.extend(parameter for helper in helpers for parameter in helper.parameters())
     groups = [{"params": tables, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -446,14 +527,14 @@ class Trainer:
         self._tokenizer: PreTrainedTokenizerFast = self._watcher.tokenizer.hf
         self._pool = Pool(self._work / "pool")
         self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens)
+        self._meet_step = arguments.fact_steps + arguments.watch_steps
         self._watched: list[torch.Tensor] = []
         self._state = self._start()
 
     def run(self) -> None:
         """Train to the last step."""
         state, arguments = self._state, self._arguments
-        if state.step >= arguments.watch_steps:
-            self._rest_tower()
+        self._let_learn()
         scores, losses, started = Scores(), [], time.monotonic()
         saved = time.monotonic()
         for batch, draw in self._drawn():
@@ -465,8 +546,8 @@ class Trainer:
                     group["lr"] = arguments.learning_rate * scale * self._rate()
             losses.append(self._step(batch, scores))
             state.step += 1
-            if state.step == arguments.watch_steps:
-                self._rest_tower()
+            if state.step in (arguments.fact_steps, self._meet_step):
+                self._let_learn()
             state.draw = draw
             if state.step % arguments.log_steps == 0:
                 self._pool.refresh()
@@ -488,31 +569,39 @@ class Trainer:
 
     def _start(self) -> State:
         model = make_model(self._tokenizer, self._arguments.seed)
+        for merger in model.model.visual.deepstack_merger_list:  # silent until text and pixels meet
+            nn.init.zeros_(merger.linear_fc2.weight)
+            nn.init.zeros_(merger.linear_fc2.bias)
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
         torch.manual_seed(self._arguments.seed)
         teacher = Teacher(model.lm_head.in_features)
+        embedding = FactEmbedding(model.lm_head.in_features)
         model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
-        state = State(model, average, teacher, _optimizers(model, teacher))
+        state = State(model, average, teacher, embedding, _optimizers(model, teacher, embedding))
         path = self._work / "state.pt"
         if path.exists():
             saved = torch.load(path, weights_only=True)
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
             teacher.load_state_dict(saved["teacher"])
+            embedding.load_state_dict(saved["embedding"])
             for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
         return state
 
-    def _rest_tower(self) -> None:
-        """Let the vision tower's layers rest: they see well, and answers alone make them see worse.
+    def _let_learn(self) -> None:
+        """Let the half learn whose lesson it is; when they meet, the vision tower's layers rest, its mergers do not.
 
-        What lies between them and the text model goes on learning.
+        The tower sees well then, and answers alone would make it see worse.
         """
-        for name, parameter in self._state.model.model.visual.named_parameters():
-            parameter.requires_grad_("merger" in name)
+        facts, meet = self._state.step < self._arguments.fact_steps, self._state.step >= self._meet_step
+        for name, parameter in self._state.model.named_parameters():
+            is_visual = name.startswith("model.visual.")
+            parameter.requires_grad_((is_visual and "merger" in name) or not is_visual if meet else facts != is_visual)
+        self._state.embedding.requires_grad_(facts)
 
     def _save(self) -> None:
         state, path = self._state, self._work / "state.pt"
@@ -522,6 +611,7 @@ class Trainer:
                 "model": state.model.state_dict(),
                 "average": state.average.state_dict(),
                 "teacher": state.teacher.state_dict(),
+                "embedding": state.embedding.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
                 "step": state.step,
                 "draw": state.draw,
@@ -534,31 +624,26 @@ class Trainer:
         write_checkpoint(self._work / "model", self._tokenizer, published)
 
     def _rate(self) -> float:
-        """Share of the full learning rate: a plateau, a linear way down to nothing, and a warm-up of each of both parts."""
+        """Share of the full learning rate: a plateau, a linear way down to nothing, and a warm-up of each lesson."""
         step, arguments = self._state.step, self._arguments
         way_down = arguments.steps * arguments.decay_share
-        since = step - arguments.watch_steps if step >= arguments.watch_steps else step
+        since = step - max(start for start in (0, arguments.fact_steps, self._meet_step) if start <= step)
         return min((since + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
 
     def _step(self, batch: Glimpses, scores: Scores) -> float:
         state = self._state
         self._watched.clear()
+        loss = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
-            answers = predict(state.model, batch) if isinstance(batch, Batch) else None
-            if answers is None:
+            if isinstance(batch, Batch):
+                logits, wanted = predict(state.model, batch, state.embedding)
+                loss = F.cross_entropy(logits, wanted)
+                scores.add(logits.detach(), wanted, batch.kinds)
+            else:
                 watch(state.model, batch)
-        # Transformers encodes pictures before videos; watch() goes in the batch's order.
-        kinds = list(batch.pixels) if answers is None else sorted(batch.pixels)
-        lessons = [
-            state.teacher(features, batch.cells[kind]) for kind, features in zip(kinds, self._watched, strict=True)
-        ]
-        sizes = [len(batch.cells[kind].colours) for kind in kinds]
-        loss = torch.stack([lesson[0] * size for lesson, size in zip(lessons, sizes, strict=True)]).sum() / sum(sizes)
-        scores.see(lessons[-1 if kinds[-1] == "video" else 0][1])
-        if isinstance(batch, Batch) and answers is not None:
-            logits, wanted = answers
-            loss = F.cross_entropy(logits, wanted) + self._arguments.teacher_weight * loss
-            scores.add(logits.detach(), wanted, batch.kinds)
+        if batch.pixels:
+            weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
+            loss = loss + weight * self._taught(batch, scores)
         loss.backward()
         parameters = [*state.model.parameters(), *state.teacher.parameters()]
         _average_gradients(parameters, self._arguments.workers)
@@ -573,32 +658,69 @@ class Trainer:
                 average.lerp_(value, 1 - decay)
         return loss.item()
 
+    def _taught(self, batch: Glimpses, scores: Scores) -> torch.Tensor:
+        """How far the tower is from seeing what is there, and from saying it as the facts' embedding does."""
+        state = self._state
+        # Transformers encodes pictures before videos; watch() goes in the batch's order.
+        kinds = sorted(batch.pixels) if isinstance(batch, Batch) else list(batch.pixels)
+        losses, sizes = [], []
+        for kind, features in zip(kinds, self._watched, strict=True):
+            cells = batch.cells[kind]
+            loss, seen = state.teacher(features, cells)
+            far = distance(features, state.embedding.embed(cells), cells)
+            losses.append((loss + far) * len(cells.colours))
+            sizes.append(len(cells.colours))
+            if kind == "video" or len(kinds) == 1:
+                scores.see({**seen, "far": float(far.detach())})
+        return torch.stack(losses).sum() / sum(sizes)
+
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Shares of right answers of the averaged model, each token given those before it, on clips never trained on."""
         held_out = Drawer(self._watcher, Pool(self._work / "val"), self._arguments.max_tokens)
         scores = Scores()
         for draw in range(self._arguments.measure_draws):
-            for batch in held_out.batches(-1 - draw):
+            for batch in self._prompts(held_out, -1 - draw, self._state.step):
                 with torch.autocast("cpu", torch.bfloat16):
-                    logits, wanted = predict(self._state.average, batch)
+                    logits, wanted = predict(self._state.average, batch, self._state.embedding)
                 scores.add(logits, wanted, batch.kinds)
         return scores.shares()
 
+    def _lessons(self) -> Iterator[tuple[Glimpses, int]]:
+        """Batches from where training stands on, and how many draws are used up when one is done.
+
+        Each step has the lesson it has for all workers, wherever in a draw one of them is.
+        """
+        arguments, number, step = self._arguments, self._state.draw, self._state.step
+        changes = (arguments.few_group_steps, arguments.fact_steps, self._meet_step)
+        while True:
+            worker_number = number * arguments.workers + self._number
+            if arguments.fact_steps <= step < self._meet_step:
+                batches: Iterator[Glimpses] = iter([self._drawer.glimpses(worker_number)])
+            else:
+                batches = self._prompts(self._drawer, worker_number, step)
+            for batch in batches:
+                yield batch, number + 1
+                step += 1
+                if step in changes:
+                    break
+            number += 1
+
+    def _prompts(self, drawer: Drawer, number: int, step: int) -> Iterator[Batch]:
+        """Of facts, few groups of frames at first, or of pixels."""
+        if step >= self._arguments.fact_steps:
+            return drawer.batches(number)
+        max_groups = _FEW_GROUPS if step < self._arguments.few_group_steps else _MAX_GROUPS_OF_TWO
+        return drawer.fact_batches(number, max_groups)
+
     def _drawn(self) -> Iterator[tuple[Glimpses, int]]:
-        """Batches, and how many draws are used up when one is done; made ahead in a thread."""
+        """:meth:`_lessons`, made ahead in a thread."""
         ready: queue.Queue[tuple[Glimpses, int] | Exception] = queue.Queue(_DRAWN_AHEAD)
 
         def draw() -> None:
             try:
-                number = self._state.draw
-                for _ in range(self._state.step, self._arguments.watch_steps):
-                    ready.put((self._drawer.glimpses(number * self._arguments.workers + self._number), number + 1))
-                    number += 1
-                while True:
-                    for batch in self._drawer.batches(number * self._arguments.workers + self._number):
-                        ready.put((batch, number + 1))
-                    number += 1
+                for drawn in self._lessons():
+                    ready.put(drawn)
             except Exception as error:  # goes to the loop that waits for a batch
                 ready.put(error)
 
@@ -622,7 +744,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warm-up-steps", type=int, default=100)
-    parser.add_argument("--watch-steps", type=int, default=1000, help="at first, for the vision tower alone")
+    parser.add_argument("--few-group-steps", type=int, default=1500, help="at first, few groups of frames at a time")
+    parser.add_argument("--fact-steps", type=int, default=3000, help="at first, for the text model alone")
+    parser.add_argument("--watch-steps", type=int, default=1500, help="then, for the vision tower alone")
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
