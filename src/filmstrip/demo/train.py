@@ -70,6 +70,7 @@ _EMPTINESS = 4
 """The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
 _GLIMPSED_SHARE = 0.5
+_QUERY_KEY_SCALE = 1.5
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -354,6 +355,17 @@ def _different(questions: Iterator[Question | None]) -> list[Question]:
     return list({question.text: question for question in questions if question is not None}.values())
 
 
+def _prepare(model: Qwen3VLForConditionalGeneration) -> None:
+    """Weights that training starts from, where those that Transformers draws are slow to leave."""
+    for merger in model.model.visual.deepstack_merger_list:  # silent until text and pixels meet
+        nn.init.zeros_(merger.linear_fc2.weight)
+        nn.init.zeros_(merger.linear_fc2.bias)
+    for layer in model.model.language_model.layers:
+        # Normed queries and keys of ones cannot single out one token of hundreds, and their scale grows slowly.
+        nn.init.constant_(layer.self_attn.q_norm.weight, _QUERY_KEY_SCALE)
+        nn.init.constant_(layer.self_attn.k_norm.weight, _QUERY_KEY_SCALE)
+
+
 def fit_for_training(model: Qwen3VLForConditionalGeneration) -> None:
     """Let ``model`` compute the same faster on CPU: whole batches of frames in attention, patches by one matrix product."""
     model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": "sdpa", "": ATTENTION_NAME})
@@ -569,9 +581,7 @@ class Trainer:
 
     def _start(self) -> State:
         model = make_model(self._tokenizer, self._arguments.seed)
-        for merger in model.model.visual.deepstack_merger_list:  # silent until text and pixels meet
-            nn.init.zeros_(merger.linear_fc2.weight)
-            nn.init.zeros_(merger.linear_fc2.bias)
+        _prepare(model)
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
