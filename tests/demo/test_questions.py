@@ -103,7 +103,7 @@ def test_two_videos(scene: Scene, view: View) -> None:
     green = View(
         replace(scene, things=(_thing("cross", "green", "left", vanishes_seconds=4.0),)), [i * 0.25 for i in range(16)]
     )
-    asked = [ask_of_two((view, green), random.Random(seed)) for seed in range(1500)]
+    asked = [ask_of_two((view, green), random.Random(seed)) for seed in range(4000)]
     answers = {question.text: question.answer for question in asked if question is not None}
     assert answers["Which video shows a green cross?"] == "The second video"
     assert answers["Which video shows a red circle?"] == "The first video"

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from filmstrip.demo.questions import View
-from filmstrip.demo.scenes import COLOURS, SHAPES, Painter, make_scene
-from filmstrip.demo.teacher import Cells, Teacher, cells_of
+from filmstrip.demo.scenes import COLOURS, SHAPES, Painter, Scene, make_scene
+from filmstrip.demo.teacher import Cells, HistoryTeacher, Teacher, cells_of
 
 _COLOURS = ("none", *COLOURS)
 _SHAPES = ("none", *SHAPES, *"0123456789")
@@ -41,6 +41,7 @@ def test_cells_hold_what_is_painted_there() -> None:
             assert np.allclose((found_x, found_y), (x, y))
             spot_x, spot_y = (cells.spots[token, 2:] + 1) / 2
             assert np.allclose((spot_x * scene.width, spot_y * scene.height), (x, y))
+            assert np.allclose(cells.extents[token, 1] * 64 * scene.width / width, thing.place(seconds)[2])
             checked += 1
     assert checked > 8
 
@@ -56,9 +57,7 @@ def test_the_loss_falls_when_features_hold_the_facts() -> None:
     torch.manual_seed(0)
     scene = make_scene(1)
     cells = cells_of(View(scene, [i / scene.frames_per_second for i in range(scene.num_frames)]), 96, 128, 32)
-    facts = np.concatenate(
-        [np.eye(9)[cells.colours], np.eye(16)[cells.shapes], cells.shown, cells.places, cells.spots], axis=1
-    ).astype(np.float32)
+    facts = cells.table()
     teacher = Teacher(facts.shape[1])
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)
     losses = []
@@ -74,3 +73,78 @@ def test_the_loss_falls_when_features_hold_the_facts() -> None:
     shuffled = Cells.join([cells])
     shuffled.colours = np.random.default_rng(0).permutation(cells.colours)
     assert teacher(torch.from_numpy(facts), shuffled)[1]["sees_colour"] < 0.7
+
+
+def _history_scene() -> tuple[Scene, View]:
+    """A scene of which two things come after the first group."""
+    for seed in range(1000):
+        scene = make_scene(seed)
+        view = View(scene, [i / 4 for i in range(4 * scene.num_frames // scene.frames_per_second)])
+        if sum(view.seen_groups(thing)[0] > 0 for thing in view.shapes) == 2 and len(view.shapes) == 2:
+            return scene, view
+    raise AssertionError
+
+
+def test_history_tells_what_came_before() -> None:
+    scene, view = _history_scene()
+    cells = cells_of(view, 96, 128, 32, number=1)
+    history = cells.history
+    assert history.tenths.tolist() == [round(float(label) * 10) for label in view.labels for _ in range(12)]
+    assert set(history.media.tolist()) == {1}
+    assert (history.is_first[cells.colours == 0] < 0).all()
+    for rank, thing in enumerate(view.shapes):
+        mine = (cells.shapes == _SHAPES.index(thing.shape)) & (cells.shown.any(1))
+        groups = np.flatnonzero(mine) // 12
+        first, last = view.seen_groups(thing)[0], view.seen_groups(thing)[-1]
+        assert first > 0
+        assert history.is_first[mine].tolist() == [int(group == first) for group in groups]
+        assert set(history.first_tenths[mine].tolist()) == {round(float(view.labels[first]) * 10)}
+        assert set(history.ranks[mine].tolist()) == {rank}
+        assert {_COLOURS[colour] for colour in history.first_colours[mine]} == {thing.colour}
+        began = next(t for t in view.groups[first] if thing.is_shown(t))
+        ended = [t for t in view.groups[last] if thing.is_shown(t)][-1]
+        x, y, size = thing.place(began)
+        end_x, end_y, end_size = thing.place(ended)
+        token = np.flatnonzero(mine)[-1]
+        start = (history.starts[token] + 1) / 2 * (scene.width, scene.height)
+        assert np.allclose(start, (x, y))
+        assert np.allclose(
+            (history.starts[token] + history.moved[token, :2] + 1) / 2 * (scene.width, scene.height), (end_x, end_y)
+        )
+        assert np.isclose(size * np.exp(history.moved[token, 2]), end_size)
+
+
+def test_pictures_have_no_history() -> None:
+    scene = make_scene(1)
+    history = cells_of(View(scene, [0.0]), 96, 128, 32).history
+    for name in ("tenths", "media", "is_first", "first_tenths", "ranks", "first_colours"):
+        assert (getattr(history, name) < 0).all()
+    loss, known = HistoryTeacher(8)(torch.ones(12, 8), torch.ones(12, 8), history)
+    assert loss.item() == 0
+    assert known == {}
+
+
+def test_history_can_be_read_from_features_that_hold_it() -> None:
+    torch.manual_seed(0)
+    _, view = _history_scene()
+    history = cells_of(view, 96, 128, 32, number=0).history
+    columns = [np.eye(250)[np.maximum(values, 0)] for values in (history.tenths, history.first_tenths)]
+    others = np.stack([history.is_first, history.ranks, history.first_colours], 1) / 10
+    features = np.concatenate(
+        [*columns, np.eye(9)[np.maximum(history.first_colours, 0)], others, history.starts, history.moved], 1
+    )
+    features = torch.from_numpy(features.astype(np.float32))
+    teacher = HistoryTeacher(features.shape[1])
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    losses = []
+    for _ in range(100):
+        loss, known = teacher(features, features, history)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+    assert known["knows_time"] > 0.95
+    assert known["knows_start"] > 0.95
+    blind, _ = teacher(torch.zeros_like(features), torch.zeros_like(features), history)
+    assert blind > 3 * losses[-1]

@@ -21,6 +21,7 @@ from filmstrip.demo.train import (
     Drawer,
     Sample,
     Trainer,
+    answer_loss,
     collate,
     fit_for_training,
     glimpse,
@@ -129,6 +130,21 @@ def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> tor
     return logits[np.flatnonzero(sample.is_answer) - 1]
 
 
+def test_a_time_is_one_token_wherever_it_stands(watcher: Watcher) -> None:
+    for text in ("0.0", "3.1", "24.9"):
+        (token,) = watcher.encode(text)
+        for sentence in (
+            f"<{text} seconds>",
+            f"At {text} seconds",
+            f"Where is it at {text} seconds?",
+            f"{text}: nothing",
+        ):
+            tokens = watcher.encode(sentence)
+            assert tokens.count(token) == 1
+            assert watcher.tokenizer.hf.decode(list(tokens)) == sentence
+    assert watcher.tokenizer.hf.decode(list(watcher.encode("At 3.14 of 125.5"))) == "At 3.14 of 125.5"
+
+
 def test_packed_questions_see_only_the_media_and_themselves(watcher: Watcher, pool: Pool) -> None:
     plain, fitted = (make_model(watcher.tokenizer.hf, seed=1) for _ in range(2))
     fit_for_training(fitted)
@@ -176,7 +192,7 @@ def test_a_glimpse_is_a_part_of_the_clip(pool: Pool, watcher: Watcher) -> None:
         assert np.array_equal(patches, groups[chosen].reshape(-1, patches.shape[1]))
         (cells,) = seen.cells[shown.kind]
         whole = cells_of(shown.view(), shown.height, shown.width, cell_pixels)
-        for name in ("colours", "shapes", "shown", "places", "spots"):
+        for name in ("colours", "shapes", "shown", "places", "spots", "extents"):
             rows = getattr(whole, name)
             rows = rows.reshape(grid_t, height * width // 4, *rows.shape[1:])[chosen]
             assert np.array_equal(getattr(cells, name), rows.reshape(getattr(cells, name).shape))
@@ -199,8 +215,8 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
     lengths = set()
     for seed in range(10):
         facts = pack_facts(watcher, shown, chains, None, random.Random(seed))
-        assert facts.facts is not None
-        places, table = facts.facts
+        assert facts.shows_facts
+        places, table = facts.places, facts.all_cells.table()
         lengths.add(len(places))
         assert num_full <= len(places) == len(table) <= len(tables)
         # What is left is what was there, in its order and at its positions; only empty cells are gone.
@@ -247,6 +263,14 @@ def test_the_distance_to_facts_is_none_for_their_embedding_and_one_for_their_mea
     assert off.item() == pytest.approx(1, rel=1e-4)
 
 
+def test_a_long_answer_counts_less_for_each_of_its_words() -> None:
+    logits, wanted = torch.zeros(17, 5), torch.zeros(17, dtype=torch.long)
+    kinds = [("short", 1), ("long", 16)]
+    assert answer_loss(logits, wanted, kinds).item() == pytest.approx(np.log(5))
+    logits[0, 0] = 100.0  # the short answer is sure and right
+    assert answer_loss(logits, wanted, kinds).item() == pytest.approx(0.8 * np.log(5))
+
+
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -256,7 +280,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     settings = {
         "work": str(work), "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25,
         "average_decay": 0.99, "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1,
-        "few_group_steps": 1, "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2,
+        "few_group_steps": 1, "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2, "history_weight": 0.3,
         "seed": 0,
     }  # fmt: skip
     towers, mergers, words = [], [], []
@@ -275,11 +299,11 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     assert mergers[2].any()
     lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 4, 6]
-    assert "direction" in lines[0]
+    assert {"direction", "knows_start"} <= set(lines[0])
     assert "sees_colour" not in lines[0]  # the text model alone
     assert "sees_colour" in lines[1]
     assert "direction" not in lines[1]  # the vision tower alone
-    assert {"direction", "sees_colour", "far"} <= set(lines[3])
+    assert {"direction", "sees_colour", "far", "knows_start"} <= set(lines[3])
     saved = torch.load(work / "state.pt", weights_only=True)
     # Two draws of facts, two of glimpses; then the draw that a run was in is not gone on with.
     assert (saved["step"], saved["draw"]) == (6, 5)

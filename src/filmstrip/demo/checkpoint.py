@@ -132,13 +132,18 @@ def build_tokenizer(
     *,
     num_trained_tokens: int = NUM_TRAINED_TOKENS,
     chat_template: str = CHAT_TEMPLATE,
+    whole_words: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's control tokens and pre-tokenizer, trained on a few sentences or ``corpus``."""
+    """A byte-level BPE tokenizer with Qwen's control tokens and pre-tokenizer, trained on a few sentences or ``corpus``.
+
+    What the regular expression ``whole_words`` matches is split off first.
+    """
+    pattern = _PRE_TOKENIZER_PATTERN if whole_words is None else f"{whole_words}|{_PRE_TOKENIZER_PATTERN}"
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PRE_TOKENIZER_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

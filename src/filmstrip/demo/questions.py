@@ -266,10 +266,13 @@ def is_right(question: Question, answer: str, *, tolerance_seconds: float = 0.5)
 
 
 def _reference(view: View, thing: Thing, rng: random.Random) -> str:
-    """Words that mean ``thing`` and nothing else seen."""
-    names = [f"the {thing.colour} {thing.shape}"] * 2
+    """Words that mean ``thing`` and nothing else seen.
+
+    Colours tell all things apart, shapes only some: told both, a model learns to go by the colour alone.
+    """
+    names = [f"the {thing.colour} {thing.shape}"]
     if sum(other.shape == thing.shape for other in view.shapes) == 1:
-        names.append(f"the {thing.shape}")
+        names += [f"the {thing.shape}"] * 2
     names.append(f"the {thing.colour} shape")
     if len(view.shapes) == 1:
         names.append("the shape")
@@ -640,7 +643,7 @@ WEIGHTS: dict[str, float] = {
     "digit_at": 2.5,
     "digit_when": 1.0,
     "first": 1.5,
-    "colour": 1.0,
+    "colour": 3.0,
     "shape": 1.5,
     "direction": 3.0,
     "appears": 2.0,

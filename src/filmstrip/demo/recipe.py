@@ -20,11 +20,15 @@ from transformers import (
 )
 
 from filmstrip.demo.checkpoint import build_config, build_tokenizer, write_processor_configs
-from filmstrip.demo.questions import WEIGHTS, View, ask_of_picture, ask_of_two, ask_some
+from filmstrip.demo.questions import WEIGHTS, View, ask_of_picture, ask_of_two, ask_some, list_looks, transcribe
 from filmstrip.demo.scenes import make_picture_scene, make_scene
 
-NUM_TRAINED_TOKENS = 640
+NUM_TRAINED_TOKENS = 900
 _NUM_CORPUS_SCENES = 600
+_TIME_PATTERN = r"\d{1,2}\.\d(?!\d)"
+_TIME_REPEATS = 100
+TIMES = tuple(f"{tenths / 10:.1f}" for tenths in range(250))
+"""Times of one token each, in seconds: what is copied from a prompt into an answer is one thing then."""
 
 FRAMES_PER_SECOND = 4
 """Default rate: a group of two frames is half a second, the accuracy at which the model tells times."""
@@ -94,7 +98,9 @@ VISION = {
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, trained on questions and answers about the first scenes."""
-    return build_tokenizer(_corpus(), num_trained_tokens=NUM_TRAINED_TOKENS, chat_template=CHAT_TEMPLATE)
+    return build_tokenizer(
+        _corpus(), num_trained_tokens=NUM_TRAINED_TOKENS, chat_template=CHAT_TEMPLATE, whole_words=_TIME_PATTERN
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
@@ -137,9 +143,11 @@ def _corpus() -> Iterator[str]:
         questions = ask_some(views[0], rng, 6, WEIGHTS)
         questions.extend(question for _ in range(2) if (question := ask_of_two((views[0], views[1]), rng)))
         about_picture = ask_of_picture(make_picture_scene(seed), views[0], rng)
-        for question in (*questions, *([about_picture] if about_picture else ())):
+        others = (about_picture, transcribe(views[0]), list_looks(views[0]))
+        for question in (*questions, *(other for other in others if other is not None)):
             yield question.text
             yield question.answer
+    yield from itertools.chain.from_iterable(itertools.repeat(TIMES, _TIME_REPEATS))
     yield from itertools.repeat("system\nuser\nassistant\nPicture 1: Video 1: <1.5 seconds>", 50)
 
 

@@ -24,10 +24,19 @@ _SHAPES = ("none", *SHAPES, *DIGITS)
 _MARGIN_PIXELS = 8
 _EMPTY_WEIGHT = 0.2
 _NUM_FRAMES = 2
-_SIZES = (len(_COLOURS), len(_SHAPES), _NUM_FRAMES, 2 * _NUM_FRAMES, 2 * _NUM_FRAMES)
+_SIZES = (len(_COLOURS), len(_SHAPES), _NUM_FRAMES, 2 * _NUM_FRAMES, 2 * _NUM_FRAMES, _NUM_FRAMES)
 NUM_FACTS = sum(_SIZES)
 """Of a cell, one-hot classes counted one by one."""
 _EMBEDDING_STD = 0.05
+_NUM_TENTHS = 250
+_NUM_RANKS = 4
+_NUM_MEDIA = 2
+_HISTORY_SIZES = {
+    "early": (_NUM_TENTHS, _NUM_MEDIA, 1),
+    "late": (_NUM_TENTHS, _NUM_RANKS, len(_COLOURS), 2, 3),
+}
+_NOT_ASKED = -100
+_CELL_ARRAYS = ("colours", "shapes", "shown", "places", "spots", "extents")
 
 
 @dataclass
@@ -36,7 +45,8 @@ class Cells:
 
     ``colours`` and ``shapes`` are class numbers (num_tokens,), 0 for an empty cell; ``shown`` (num_tokens, 2) says in
     which frames of the group; ``places`` (num_tokens, 4) are x and y of the centre in both frames, from the cell's middle,
-    in cells; ``spots`` (num_tokens, 4) the same from the picture's middle, -1 to 1 from edge to edge.
+    in cells; ``spots`` (num_tokens, 4) the same from the picture's middle, -1 to 1 from edge to edge; ``extents``
+    (num_tokens, 2) are half the sides in both frames, in cells.
     """
 
     colours: np.ndarray
@@ -44,33 +54,106 @@ class Cells:
     shown: np.ndarray
     places: np.ndarray
     spots: np.ndarray
+    extents: np.ndarray
+    history: History
 
     def table(self) -> np.ndarray:
         """All facts as numbers, classes one-hot: (num_tokens, NUM_FACTS), float32."""
         columns = (
             *(np.eye(len(_COLOURS))[self.colours], np.eye(len(_SHAPES))[self.shapes]),
-            *(self.shown, self.places, self.spots),
+            *(self.shown, self.places, self.spots, self.extents),
         )
         return np.concatenate(columns, axis=1).astype(np.float32)
 
     @staticmethod
     def join(parts: list[Cells]) -> Cells:
         """Facts of several items, one after the other."""
-        names = ("colours", "shapes", "shown", "places", "spots")
-        return Cells(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _CELL_ARRAYS}
+        return Cells(**arrays, history=History.join([part.history for part in parts]))
+
+    def keep(self, is_kept: np.ndarray) -> Cells:
+        """The cells where ``is_kept`` (num_tokens,) is true."""
+        arrays = {name: getattr(self, name)[is_kept] for name in _CELL_ARRAYS}
+        return Cells(**arrays, history=self.history.keep(is_kept))
 
 
-def cells_of(view: View, height: int, width: int, cell_pixels: int) -> Cells:
-    """Facts of a video or picture that is shown at ``height`` x ``width`` pixels."""
+@dataclass
+class History:
+    """What a merged token can only know from groups before its own; class numbers, -100 where there is nothing to know.
+
+    ``tenths`` (num_tokens,) is the time beside its group, in tenths of a second; ``media`` the number of its video. Of the
+    thing in the cell: ``is_first`` whether this group is the first with it, ``first_tenths`` that group's time, ``ranks``
+    how many things of its sort came in earlier groups, ``first_colours``, ``starts`` (num_tokens, 2) where it was at first,
+    from the picture's middle, and ``moved`` (num_tokens, 3) how far it came since, in the same measure, and the logarithm
+    of how many times larger it became.
+    """
+
+    tenths: np.ndarray
+    media: np.ndarray
+    is_first: np.ndarray
+    first_tenths: np.ndarray
+    ranks: np.ndarray
+    first_colours: np.ndarray
+    starts: np.ndarray
+    moved: np.ndarray
+
+    @staticmethod
+    def blank(shape: tuple[int, ...]) -> History:
+        """Nothing to know."""
+        names = ("tenths", "media", "is_first", "first_tenths", "ranks", "first_colours")
+        classes = {name: np.full(shape, _NOT_ASKED) for name in names}
+        return History(**classes, starts=np.zeros((*shape, 2)), moved=np.zeros((*shape, 3)))
+
+    @staticmethod
+    def join(parts: list[History]) -> History:
+        """Of several items, one after the other."""
+        return History(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+    def keep(self, is_kept: np.ndarray) -> History:
+        """Of the cells where ``is_kept`` (num_tokens,) is true."""
+        return History(**{name: values[is_kept] for name, values in vars(self).items()})
+
+    def flat(self) -> History:
+        """One row for each token."""
+        num_tokens = self.tenths.size
+        return History(**{name: values.reshape(num_tokens, *values.shape[3:]) for name, values in vars(self).items()})
+
+    def note(self, number: int, here: np.ndarray, thing: Thing, view: View) -> None:
+        """Write down what the cells ``here`` of group ``number`` can know of ``thing``."""
+        first = view.seen_groups(thing)[0]
+        began, now = ([t for t in view.groups[group] if thing.is_shown(t)] for group in (first, number))
+        x, y, size = thing.place(began[0])
+        later_x, later_y, later_size = thing.place(now[-1])
+        across, down = 2 / view.scene.width, 2 / view.scene.height
+        same_sort = view.digits if thing.is_digit else view.shapes
+        self.is_first[number][here] = first == number
+        self.first_tenths[number][here] = _tenths(view.labels[first])
+        self.ranks[number][here] = min(sum(view.seen_groups(other)[0] < first for other in same_sort), _NUM_RANKS - 1)
+        self.first_colours[number][here] = _COLOURS.index(thing.colour_at(began[-1]))
+        self.starts[number][here] = (x * across - 1, y * down - 1)
+        self.moved[number][here] = ((later_x - x) * across, (later_y - y) * down, np.log(later_size / size))
+
+
+def _tenths(label: str) -> int:
+    tenths = round(float(label) * 10)
+    return tenths if tenths < _NUM_TENTHS else _NOT_ASKED
+
+
+def cells_of(view: View, height: int, width: int, cell_pixels: int, *, number: int | None = None) -> Cells:
+    """Facts of a video or picture that is shown at ``height`` x ``width`` pixels; ``number`` counts videos, from 0."""
     rows, columns = height // cell_pixels, width // cell_pixels
     shape = (len(view.groups), rows, columns)
     cells = Cells(
         *(np.zeros(shape, int), np.zeros(shape, int), np.zeros((*shape, 2), bool)),
-        *(np.zeros((*shape, 4)), np.zeros((*shape, 4))),
+        *(np.zeros((*shape, 4)), np.zeros((*shape, 4)), np.zeros((*shape, 2))),
+        History.blank(shape),
     )
     middles_y, middles_x = (np.mgrid[0:rows, 0:columns] + 0.5) * cell_pixels
-    for number, group in enumerate(view.groups):
+    for place, group in enumerate(view.groups):
         nearest = np.full((rows, columns), np.inf)
+        if number is not None:
+            cells.history.tenths[place] = _tenths(view.labels[place])
+            cells.history.media[place] = min(number, _NUM_MEDIA - 1)
         for thing in view.scene.things:
             times = [seconds for seconds in group if thing.is_shown(seconds)]
             if not times:
@@ -84,12 +167,16 @@ def cells_of(view: View, height: int, width: int, cell_pixels: int) -> Cells:
             distance = np.hypot(middles_x - x, middles_y - y)
             here = covered & (distance < nearest)
             nearest[here] = distance[here]
-            cells.colours[number][here] = _COLOURS.index(thing.colour_at(times[-1]))
-            cells.shapes[number][here] = _SHAPES.index(thing.shape)
-            cells.shown[number][here] = [thing.is_shown(seconds) for seconds in group]
+            cells.colours[place][here] = _COLOURS.index(thing.colour_at(times[-1]))
+            cells.shapes[place][here] = _SHAPES.index(thing.shape)
+            cells.shown[place][here] = [thing.is_shown(seconds) for seconds in group]
             places = [part for x, y, *_ in boxes for part in ((x - middles_x), (y - middles_y))]
-            cells.places[number][here] = np.stack(places, -1)[here] / cell_pixels
-            cells.spots[number][here] = [part for x, y, *_ in boxes for part in (2 * x / width - 1, 2 * y / height - 1)]
+            cells.places[place][here] = np.stack(places, -1)[here] / cell_pixels
+            cells.spots[place][here] = [part for x, y, *_ in boxes for part in (2 * x / width - 1, 2 * y / height - 1)]
+            halves = [half_x - _MARGIN_PIXELS for _, _, half_x, _ in boxes]
+            cells.extents[place][here] = np.array(halves) / cell_pixels
+            if number is not None:
+                cells.history.note(place, here, thing, view)
     flat = int(np.prod(shape))
     return Cells(
         cells.colours.reshape(flat),
@@ -97,6 +184,8 @@ def cells_of(view: View, height: int, width: int, cell_pixels: int) -> Cells:
         cells.shown.reshape(flat, 2),
         cells.places.reshape(flat, 4),
         cells.spots.reshape(flat, 4),
+        cells.extents.reshape(flat, 2),
+        cells.history.flat(),
     )
 
 
@@ -117,7 +206,7 @@ class Teacher(nn.Module):
 
     def forward(self, features: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss, and how much is read right in cells that are not empty; ``features`` are (num_tokens, num_features)."""
-        colours, shapes, shown, places, spots = self.read(self.norm(features.float())).split(_SIZES, -1)
+        colours, shapes, shown, places, spots, extents = self.read(self.norm(features.float())).split(_SIZES, -1)
         colour, shape = torch.from_numpy(cells.colours), torch.from_numpy(cells.shapes)
         is_full = colour > 0
         weights = torch.where(is_full, 1.0, _EMPTY_WEIGHT)
@@ -137,7 +226,12 @@ class Teacher(nn.Module):
         # Attention knows distances between tokens only; where in the picture something is, features have to say.
         wanted_spots = torch.from_numpy(cells.spots).float()[both]
         off = F.smooth_l1_loss(spots[both], wanted_spots, beta=0.1, reduction="none").sum(-1)
-        loss = loss + (distance.sum() + 3 * motion.sum() + off.sum()) / count
+        wanted_extents = torch.from_numpy(cells.extents).float()[both]
+        size = F.smooth_l1_loss(extents[both], wanted_extents, beta=0.05, reduction="none").sum(-1)
+        # So does growth.
+        grown, wanted_grown = (x[:, 1] - x[:, 0] for x in (extents[both], wanted_extents))
+        growth = F.smooth_l1_loss(grown, wanted_grown, beta=0.02, reduction="none")
+        loss = loss + (distance.sum() + 3 * motion.sum() + off.sum() + size.sum() + 3 * growth.sum()) / count
         with torch.no_grad():
             full = max(int(is_full.sum()), 1)
             seen = {
@@ -145,9 +239,57 @@ class Teacher(nn.Module):
                 "sees_shape": float((shapes.argmax(-1) == shape)[is_full].sum()) / full,
                 "sees_place": float((places[both] - wanted[both]).abs().mean()) if int(both.sum()) else 0.0,
                 "sees_spot": float((spots[both] - wanted_spots).abs().mean()) if int(both.sum()) else 0.0,
+                "sees_size": float((extents[both] - wanted_extents).abs().mean()) if int(both.sum()) else 0.0,
                 "sees_motion": float((moved - wanted_moved).abs().mean()) if int(both.sum()) else 0.0,
             }
         return loss, seen
+
+
+class HistoryTeacher(nn.Module):
+    """Reads history from the text model's visual tokens: what one glance back tells, and what needs another."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(num_features) for name in _HISTORY_SIZES})
+        self.reads = nn.ModuleDict(
+            {name: nn.Linear(num_features, sum(sizes)) for name, sizes in _HISTORY_SIZES.items()}
+        )
+
+    def forward(
+        self, early: torch.Tensor, late: torch.Tensor, history: History
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss, and how much is read right; ``early`` and ``late`` are (num_tokens, num_features), of two layers."""
+        tenths, media, is_first = self._read("early", early)
+        first_tenths, ranks, first_colours, starts, moved = self._read("late", late)
+        wanted = {name: torch.from_numpy(values) for name, values in vars(history).items()}
+        known = wanted["is_first"] >= 0
+        loss = _class_loss(tenths, wanted["tenths"]) + 0.3 * _class_loss(media, wanted["media"])
+        for logits, name in ((first_tenths, "first_tenths"), (ranks, "ranks"), (first_colours, "first_colours")):
+            loss = loss + _class_loss(logits, wanted[name])
+        seen: dict[str, float] = {}
+        if bool(known.any()):
+            firsts = F.binary_cross_entropy_with_logits(is_first[known, 0], wanted["is_first"][known].float())
+            begun = F.smooth_l1_loss(starts[known], wanted["starts"][known].float(), beta=0.1)
+            far = F.smooth_l1_loss(moved[known], wanted["moved"][known].float(), beta=0.03)
+            loss = loss + firsts + 2 * begun + 6 * far
+            right = (first_tenths.argmax(-1) == wanted["first_tenths"])[wanted["first_tenths"] >= 0]
+            seen["knows_start"] = float(right.float().mean())
+            seen["knows_way"] = float((moved[known] - wanted["moved"][known]).detach().abs().mean())
+            right = (ranks.argmax(-1) == wanted["ranks"])[known]
+            seen["knows_rank"] = float(right.float().mean())
+        if bool((wanted["tenths"] >= 0).any()):
+            right = (tenths.argmax(-1) == wanted["tenths"])[wanted["tenths"] >= 0]
+            seen["knows_time"] = float(right.float().mean())
+        return loss, seen
+
+    def _read(self, name: str, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.reads[name](self.norms[name](features.float())).split(_HISTORY_SIZES[name], -1)
+
+
+def _class_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    if not bool((wanted >= 0).any()):
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits.float(), wanted, ignore_index=_NOT_ASKED)
 
 
 class FactEmbedding(nn.Linear):

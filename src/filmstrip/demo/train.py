@@ -53,8 +53,8 @@ from filmstrip.demo.questions import (
     list_looks,
     transcribe,
 )
-from filmstrip.demo.recipe import make_model, write_checkpoint
-from filmstrip.demo.teacher import Cells, FactEmbedding, Teacher, cells_of, distance
+from filmstrip.demo.recipe import TIMES, make_model, write_checkpoint
+from filmstrip.demo.teacher import Cells, FactEmbedding, HistoryTeacher, Teacher, cells_of, distance
 
 ATTENTION_NAME = "filmstrip_demo_training"
 
@@ -71,6 +71,10 @@ _EMPTINESS = 4
 _LIST_SHARE = 0.6
 _GLIMPSED_SHARE = 0.5
 _QUERY_KEY_SCALE = 1.5
+_LOG_PERIODS = (-0.5, 2.0)
+"""Of the waves that times start as: 0.3 to 100 seconds."""
+_HISTORY_LAYERS = (1, 3)
+"""Behind which layers of the text model its visual tokens are asked what earlier groups tell."""
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -99,8 +103,11 @@ class Sample(Seen):
     is_answer: list[bool]
     kinds: list[tuple[str, int]]
     """Kind of each answer, and how many tokens it has."""
-    facts: tuple[np.ndarray, np.ndarray] | None = None
-    """Places of the visual tokens and their table of facts; None where pixels are shown."""
+    places: np.ndarray
+    """Of the visual tokens."""
+    all_cells: Cells
+    """Facts of the visual tokens, in the prompt's order."""
+    shows_facts: bool = False
 
 
 @dataclass
@@ -120,18 +127,23 @@ class Batch(Glimpses):
     mask: torch.Tensor
     targets: torch.Tensor
     kinds: list[tuple[str, int]]
-    facts: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Flat places of the visual tokens and their table of facts; None where features are shown."""
+    places: torch.Tensor
+    """Flat places of the visual tokens."""
+    all_cells: Cells
+    """Facts of the visual tokens, in the prompts' order."""
+    shows_facts: bool
 
 
 def pack(
     watcher: Watcher, pool: Pool, items: list[tuple[str, Shown]], chains: list[list[Question]], system: str | None
 ) -> Sample:
     """A prompt about ``items`` and chains of questions, each of which starts right behind it."""
-    sample = _packed(watcher, [shown for _, shown in items], chains, system)
-    for item in items:
+    shown = [each for _, each in items]
+    all_cells = _cells(watcher, shown)
+    sample = _packed(watcher, shown, all_cells, chains, system)
+    for item, cells in zip(items, all_cells, strict=True):
         sample.pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
-        sample.cells[item[1].kind].append(_cells(watcher, item[1]))
+        sample.cells[item[1].kind].append(cells)
     return sample
 
 
@@ -139,22 +151,25 @@ def pack_facts(
     watcher: Watcher, shown: list[Shown], chains: list[list[Question]], system: str | None, rng: random.Random
 ) -> Sample:
     """As :func:`pack`, facts in place of pixels. Most empty cells are left out, which makes prompts half as long."""
-    sample = _packed(watcher, shown, chains, system)
-    cells = Cells.join([_cells(watcher, each) for each in shown])
-    is_visual = np.isin(sample.tokens, watcher.visual_tokens)
+    sample = _packed(watcher, shown, _cells(watcher, shown), chains, system)
+    cells = sample.all_cells
     kept_share = rng.random() ** _EMPTINESS
     is_kept = (cells.colours > 0) | np.array([rng.random() < kept_share for _ in cells.colours])
     keep = np.ones(len(sample.tokens), bool)
-    keep[is_visual] = is_kept
+    keep[sample.places] = is_kept
     sample.tokens = list(itertools.compress(sample.tokens, keep))
     sample.segments = list(itertools.compress(sample.segments, keep))
     sample.is_answer = list(itertools.compress(sample.is_answer, keep))
     sample.positions = sample.positions[:, keep]
-    sample.facts = (np.flatnonzero(is_visual[keep]), cells.table()[is_kept])
+    sample.places = (np.cumsum(keep) - 1)[sample.places[is_kept]]
+    sample.all_cells = cells.keep(is_kept)
+    sample.shows_facts = True
     return sample
 
 
-def _packed(watcher: Watcher, shown: list[Shown], chains: list[list[Question]], system: str | None) -> Sample:
+def _packed(
+    watcher: Watcher, shown: list[Shown], cells: list[Cells], chains: list[list[Question]], system: str | None
+) -> Sample:
     prefix = watcher.prefix(shown, system)
     tokens, segments = list(prefix.token_ids), [0] * len(prefix.token_ids)
     is_answer = [False] * len(tokens)
@@ -172,11 +187,18 @@ def _packed(watcher: Watcher, shown: list[Shown], chains: list[list[Question]], 
         segments += [number] * length
         positions.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
     all_positions = np.concatenate(positions, axis=1)
-    return Sample(defaultdict(list), defaultdict(list), tokens, all_positions, segments, is_answer, kinds)
+    places = np.flatnonzero(np.isin(tokens, watcher.visual_tokens))
+    seen: tuple[dict, dict] = (defaultdict(list), defaultdict(list))
+    return Sample(*seen, tokens, all_positions, segments, is_answer, kinds, places, Cells.join(cells))
 
 
-def _cells(watcher: Watcher, shown: Shown) -> Cells:
-    return cells_of(shown.view(), shown.height, shown.width, watcher.layout.patch_size * watcher.layout.merge_size)
+def _cells(watcher: Watcher, shown: list[Shown]) -> list[Cells]:
+    side = watcher.layout.patch_size * watcher.layout.merge_size
+    numbers = itertools.count()
+    return [
+        cells_of(each.view(), each.height, each.width, side, number=next(numbers) if each.kind == "video" else None)
+        for each in shown
+    ]
 
 
 def thinned(shown: Shown, rng: random.Random, max_groups: int) -> Shown:
@@ -222,17 +244,12 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
     glimpses = _side_by_side(samples)
     targets = torch.from_numpy(np.flatnonzero(is_answer))
     kinds = [kind for sample in samples for kind in sample.kinds]
-    facts = [(row * length + sample.facts[0], sample.facts[1]) for row, sample in enumerate(samples) if sample.facts]
+    places = torch.from_numpy(np.concatenate([row * length + sample.places for row, sample in enumerate(samples)]))
     return Batch(
         *(glimpses.pixels, glimpses.cells),
         *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
-        _joined(facts) if facts else None,
+        *(places, Cells.join([sample.all_cells for sample in samples]), samples[0].shows_facts),
     )
-
-
-def _joined(facts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-    places, tables = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*facts, strict=True))
-    return places, tables
 
 
 def _shape_of(seen: Seen) -> tuple[int, ...]:
@@ -355,11 +372,18 @@ def _different(questions: Iterator[Question | None]) -> list[Question]:
     return list({question.text: question for question in questions if question is not None}.values())
 
 
-def _prepare(model: Qwen3VLForConditionalGeneration) -> None:
+def _prepare(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Weights that training starts from, where those that Transformers draws are slow to leave."""
     for merger in model.model.visual.deepstack_merger_list:  # silent until text and pixels meet
         nn.init.zeros_(merger.linear_fc2.weight)
         nn.init.zeros_(merger.linear_fc2.bias)
+    # Times that lie near each other start alike: waves of their seconds, in place of random numbers.
+    embeddings: Any = model.get_input_embeddings().weight
+    seconds = torch.tensor([float(text) for text in TIMES])[:, None]
+    periods = torch.logspace(_LOG_PERIODS[0], _LOG_PERIODS[1], embeddings.shape[1] // 2)
+    waves = torch.cat([(2 * torch.pi * seconds / periods).sin(), (2 * torch.pi * seconds / periods).cos()], 1)
+    with torch.no_grad():
+        embeddings[tokenizer.convert_tokens_to_ids(list(TIMES))] = waves * (embeddings.std() / waves.std())
     for layer in model.model.language_model.layers:
         # Normed queries and keys of ones cannot single out one token of hundreds, and their scale grows slowly.
         nn.init.constant_(layer.self_attn.q_norm.weight, _QUERY_KEY_SCALE)
@@ -441,11 +465,10 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits for every answer token, float32 (num_targets, vocabulary), and the tokens themselves."""
     known = {"position_ids": batch.positions, "attention_mask": batch.mask, "use_cache": False}
-    if batch.facts is not None:
-        places, table = batch.facts
+    if batch.shows_facts:
         shown = model.get_input_embeddings()(batch.tokens)
-        facts = embedding(table).to(shown.dtype)
-        shown = shown.flatten(0, 1).index_copy(0, places, facts).view(shown.shape)
+        facts = embedding(torch.from_numpy(batch.all_cells.table())).to(shown.dtype)
+        shown = shown.flatten(0, 1).index_copy(0, batch.places, facts).view(shown.shape)
         output = model.model.language_model(inputs_embeds=shown, **known)
     else:
         pixels: dict[str, torch.Tensor] = {}
@@ -456,6 +479,12 @@ def predict(
         output = model.model(input_ids=batch.tokens, **known, **pixels)
     logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch.targets - 1])
     return logits.float(), batch.tokens.flatten()[batch.targets]
+
+
+def answer_loss(logits: torch.Tensor, wanted: torch.Tensor, kinds: list[tuple[str, int]]) -> torch.Tensor:
+    """Mean cross-entropy; an answer of n tokens counts as the square root of n, or lists would drown the short ones."""
+    weights = torch.cat([torch.full((length,), length**-0.5) for _, length in kinds])
+    return (weights * F.cross_entropy(logits, wanted, reduction="none")).sum() / weights.sum()
 
 
 class Scores:
@@ -495,6 +524,7 @@ class State:
     average: Qwen3VLForConditionalGeneration
     teacher: Teacher
     embedding: FactEmbedding
+    history: HistoryTeacher
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     draw: int = 0
@@ -541,6 +571,7 @@ class Trainer:
         self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens)
         self._meet_step = arguments.fact_steps + arguments.watch_steps
         self._watched: list[torch.Tensor] = []
+        self._recalled: list[torch.Tensor] = []
         self._state = self._start()
 
     def run(self) -> None:
@@ -581,15 +612,20 @@ class Trainer:
 
     def _start(self) -> State:
         model = make_model(self._tokenizer, self._arguments.seed)
-        _prepare(model)
+        _prepare(model, self._tokenizer)
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
         torch.manual_seed(self._arguments.seed)
         teacher = Teacher(model.lm_head.in_features)
         embedding = FactEmbedding(model.lm_head.in_features)
+        history = HistoryTeacher(model.lm_head.in_features)
         model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
-        state = State(model, average, teacher, embedding, _optimizers(model, teacher, embedding))
+        for place in _HISTORY_LAYERS:
+            layer = model.model.language_model.layers[place]
+            layer.register_forward_hook(lambda _, __, states: self._recalled.append(states))
+        optimizers = _optimizers(model, teacher, embedding, history)
+        state = State(model, average, teacher, embedding, history, optimizers)
         path = self._work / "state.pt"
         if path.exists():
             saved = torch.load(path, weights_only=True)
@@ -597,6 +633,7 @@ class Trainer:
             average.load_state_dict(saved["average"])
             teacher.load_state_dict(saved["teacher"])
             embedding.load_state_dict(saved["embedding"])
+            history.load_state_dict(saved["history"])
             for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
@@ -622,6 +659,7 @@ class Trainer:
                 "average": state.average.state_dict(),
                 "teacher": state.teacher.state_dict(),
                 "embedding": state.embedding.state_dict(),
+                "history": state.history.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
                 "step": state.step,
                 "draw": state.draw,
@@ -643,19 +681,26 @@ class Trainer:
     def _step(self, batch: Glimpses, scores: Scores) -> float:
         state = self._state
         self._watched.clear()
+        self._recalled.clear()
         loss = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
             if isinstance(batch, Batch):
                 logits, wanted = predict(state.model, batch, state.embedding)
-                loss = F.cross_entropy(logits, wanted)
+                loss = answer_loss(logits, wanted, batch.kinds)
                 scores.add(logits.detach(), wanted, batch.kinds)
             else:
                 watch(state.model, batch)
+        if isinstance(batch, Batch):
+            early, late = (self._states_of(states).flatten(0, 1)[batch.places] for states in self._recalled)
+            behind, known = state.history(early, late, batch.all_cells.history)
+            scores.see(known)
+            loss = loss + self._arguments.history_weight * behind
         if batch.pixels:
             weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
             loss = loss + weight * self._taught(batch, scores)
         loss.backward()
-        parameters = [*state.model.parameters(), *state.teacher.parameters()]
+        groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in state.optimizers)
+        parameters = [parameter for group in groups for parameter in group["params"]]
         _average_gradients(parameters, self._arguments.workers)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in state.optimizers:
@@ -667,6 +712,10 @@ class Trainer:
             for average, value in zip(averages, values, strict=True):
                 average.lerp_(value, 1 - decay)
         return loss.item()
+
+    @staticmethod
+    def _states_of(output: Any) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output
 
     def _taught(self, batch: Glimpses, scores: Scores) -> torch.Tensor:
         """How far the tower is from seeing what is there, and from saying it as the facts' embedding does."""
@@ -758,6 +807,7 @@ def main() -> None:
     parser.add_argument("--fact-steps", type=int, default=3000, help="at first, for the text model alone")
     parser.add_argument("--watch-steps", type=int, default=1500, help="then, for the vision tower alone")
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
+    parser.add_argument("--history-weight", type=float, default=0.3, help="of the loss on what earlier groups tell")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
     parser.add_argument("--log-steps", type=int, default=50)
