@@ -32,6 +32,8 @@ class Modality(str, Enum):
 
 FinishReason = Literal["stop", "length", "abort"]
 ProgressStage = Literal["fetch", "decode", "queue", "prefill", "generate"]
+Resample = Literal["bicubic", "bilinear"]
+"""How frames are resized, always with antialiasing."""
 
 
 @dataclass(frozen=True)
@@ -168,29 +170,75 @@ class PatchLayout:
 
 
 @dataclass(frozen=True)
+class View:
+    """A canvas of ``height`` x ``width`` pixels that a frame is laid on before it is cut into patches.
+
+    The frame, or its part ``box`` (top, left, height, width), is resized to ``resized_height`` x ``resized_width`` and its
+    upper left corner laid at (``top``, ``left``), which may be negative: what sticks out is cut off. The rest of the canvas
+    is ``fill`` (red, green, blue).
+    """
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    top: int = 0
+    left: int = 0
+    box: tuple[int, int, int, int] | None = None
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
 class FramePlan:
     """What a decoder has to deliver, as plain data: these frames, this size, this layout.
 
     Frame indices are ascending and may repeat (a one-frame clip shown twice). The number of frames is padded to a multiple
-    of ``layout.temporal_patch_size`` by repeating the last.
+    of ``layout.temporal_patch_size`` by repeating the last. Models that see a picture as tiles of one size have patches as
+    large as those, and ``views``: what each frame becomes before it is cut, one after the other; ``height`` and ``width``
+    are then those of the largest. Without views a frame is resized to ``height`` x ``width``.
     """
 
     frame_indices: tuple[int, ...]
     height: int
     width: int
     layout: PatchLayout
+    views: tuple[View, ...] = ()
+    resample: Resample = "bicubic"
+    num_embeddings: int | None = None
+    """Placeholder tokens of the item; None where each merge x merge patches are one."""
+
+    @property
+    def frame_views(self) -> tuple[View, ...]:
+        """What each frame becomes, at least one view."""
+        return self.views or (View(self.height, self.width, self.height, self.width),)
+
+    @property
+    def patches_per_frame(self) -> int:
+        """Rows of the patch matrix for one frame, or one temporal group of them."""
+        size = self.layout.patch_size
+        return sum((view.height // size) * (view.width // size) for view in self.frame_views)
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """Patch grid (temporal, height, width)."""
+        """Patch grid (temporal, height, width); with views (temporal, patches of a frame, 1)."""
         tps, ps = self.layout.temporal_patch_size, self.layout.patch_size
-        return (-(-len(self.frame_indices) // tps), self.height // ps, self.width // ps)
+        num_groups = -(-len(self.frame_indices) // tps)
+        if self.views:
+            return (num_groups, self.patches_per_frame, 1)
+        return (num_groups, self.height // ps, self.width // ps)
 
     @property
     def patches_shape(self) -> tuple[int, int]:
         """Shape of the uint8 patch matrix: (t*h*w, channels * temporal_patch_size * patch_size**2)."""
         t, h, w = self.grid_thw
         return (t * h * w, 3 * self.layout.temporal_patch_size * self.layout.patch_size**2)
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholder tokens of the item."""
+        if self.num_embeddings is not None:
+            return self.num_embeddings
+        return self.patches_shape[0] // self.layout.merge_size**2
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from filmstrip.media.patches import PatchWriter, resize_frame, write_patches
-from filmstrip.types import FramePlan, PatchLayout
+from filmstrip.media.patches import PatchWriter, draw_view, resize_frame, write_patches
+from filmstrip.types import FramePlan, PatchLayout, View
 
 
 def reference(frames, plan):
@@ -84,6 +84,36 @@ def test_views_and_read_only_frames_are_taken():
     locked.flags.writeable = False
     assert torch.equal(resize_frame(turned, 32, 32), resize_frame(turned.copy(), 32, 32))
     assert torch.equal(resize_frame(locked, 32, 32), resize_frame(base, 32, 32))
+
+
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-4, 2), (6, -7), (-9, -30), (20, 0), (0, -31)])
+@pytest.mark.parametrize("box", [None, (5, 9, 20, 17)])
+def test_a_view_is_a_frame_laid_on_a_canvas(top, left, box):
+    frame = np.random.default_rng(3).integers(0, 256, (50, 40, 3), np.uint8)
+    view = View(16, 24, 20, 31, top, left, box, (9, 8, 7))
+    part = frame if box is None else frame[5:25, 9:26]
+    resized = resize_frame(part, 20, 31, "bilinear").numpy()
+    expected = np.empty((16, 24, 3), np.uint8)
+    for y, x in itertools.product(range(16), range(24)):
+        inside = 0 <= y - top < 20 and 0 <= x - left < 31
+        expected[y, x] = resized[y - top, x - left] if inside else (9, 8, 7)
+    np.testing.assert_array_equal(draw_view(frame, view, "bilinear"), expected)
+
+
+def test_views_of_a_frame_follow_each_other():
+    views = (View(16, 24, 16, 24), View(8, 8, 8, 8), View(16, 8, 10, 8, 3))
+    plan = FramePlan((0, 1, 2), 16, 24, PatchLayout(8, 1, 1), views, "bilinear", 27)
+    rng = np.random.default_rng(4)
+    frames = [rng.integers(0, 256, (30, 44, 3), np.uint8) for _ in range(3)]
+    assert (plan.grid_thw, plan.patches_shape, plan.num_tokens) == ((3, 9, 1), (27, 192), 27)
+    patches = write_patches(lambda index: frames[index], plan, 2).array.reshape(3, 9, 3, 8, 8)
+    for frame, rows in zip(frames, patches, strict=True):
+        tiles = []
+        for view in views:
+            canvas = draw_view(frame, view, "bilinear")
+            for y, x in itertools.product(range(0, view.height, 8), range(0, view.width, 8)):
+                tiles.append(canvas[y : y + 8, x : x + 8].transpose(2, 0, 1))
+        np.testing.assert_array_equal(rows, np.stack(tiles))
 
 
 def test_each_frame_touches_only_its_own_place():

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from filmstrip.shared_tensor import SharedTensor
-from filmstrip.types import FramePlan
+from filmstrip.types import FramePlan, Resample, View
 
 
-def resize_frame(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased resize of a uint8 (H, W, 3) frame; uint8 (height, width, 3).
+def resize_frame(rgb: np.ndarray, height: int, width: int, resample: Resample = "bicubic") -> torch.Tensor:
+    """Antialiased resize of a uint8 (H, W, 3) frame; uint8 (height, width, 3).
 
     PyTorch's fixed-point kernel on channels-last uint8 is the one that torchvision's ``resize`` runs on CPU, so the result
     is bit-equal to the reference processors'. The kernel is single-threaded per image and releases the GIL.
@@ -28,40 +28,68 @@ def resize_frame(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
     if rgb.shape[:2] == (height, width):
         return frame
     channels_first = frame.permute(2, 0, 1).unsqueeze(0)
-    resized = F.interpolate(channels_first, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(channels_first, (height, width), mode=resample, antialias=True, align_corners=False)
     return resized.squeeze(0).permute(1, 2, 0)
+
+
+def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
+    """What ``view`` shows of a uint8 (H, W, 3) frame: uint8 (view.height, view.width, 3)."""
+    if view.box is not None:
+        top, left, height, width = view.box
+        rgb = rgb[top : top + height, left : left + width]
+    resized = resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy()
+    if resized.shape[:2] == (view.height, view.width) and (view.top, view.left) == (0, 0):
+        return resized
+    canvas = np.full((view.height, view.width, 3), view.fill, np.uint8)
+    rows, columns = (
+        slice(max(0, start), max(0, min(size, start + length)))
+        for start, size, length in (
+            (view.top, view.height, view.resized_height),
+            (view.left, view.width, view.resized_width),
+        )
+    )
+    canvas[rows, columns] = resized[
+        rows.start - view.top : rows.stop - view.top, columns.start - view.left : columns.stop - view.left
+    ]
+    return canvas
 
 
 class PatchWriter:
     """Writes the frames of a :class:`FramePlan` into its patch matrix, each once, from any thread.
 
     The layout is the reference's (``Qwen3VLVideoProcessor.patchify``): rows run over temporal group, merge block row and
-    column, row and column inside the block; columns over channel, frame in the group, patch row, patch column.
+    column, row and column inside the block; columns over channel, frame in the group, patch row, patch column. Several views
+    of a frame follow each other inside its group.
     """
 
     def __init__(self, plan: FramePlan, output: torch.Tensor) -> None:
         """``output`` is uint8 of ``plan.patches_shape``."""
         self._plan = plan
         layout = plan.layout
-        frames, rows, columns = plan.grid_thw
         size, merge, group = layout.patch_size, layout.merge_size, layout.temporal_patch_size
-        shape = (frames, rows // merge, columns // merge, merge, merge, 3, group, size, size)
-        self._view = output.view(shape).numpy()
+        groups = output.view(-1, plan.patches_per_frame, 3, group, size, size)
+        self._targets: list[tuple[View, np.ndarray]] = []
+        first = 0
+        for view in plan.frame_views:
+            rows, columns = view.height // size, view.width // size
+            part = groups[:, first : first + rows * columns]
+            blocks = part.unflatten(1, (rows // merge, columns // merge, merge, merge))
+            self._targets.append((view, blocks.numpy()))
+            first += rows * columns
 
     def write(self, position: int, rgb: np.ndarray) -> None:
         """Resize and write frame number ``position`` of the plan; the last one also fills its group's missing frames."""
         plan, layout = self._plan, self._plan.layout
-        frame = resize_frame(rgb, plan.height, plan.width)
-        _, rows, columns = plan.grid_thw
         size, merge = layout.patch_size, layout.merge_size
-        blocks = frame.numpy().reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
-        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
         group, slot = divmod(position, layout.temporal_patch_size)
         is_last = position == len(plan.frame_indices) - 1
-        for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
-            # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from that
-            # for the whole process only.
-            np.copyto(self._view[group, :, :, :, :, :, each], patches)
+        for view, target in self._targets:
+            shape = (view.height // size // merge, merge, size, view.width // size // merge, merge, size, 3)
+            patches = draw_view(rgb, view, plan.resample).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)
+            for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
+                # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from
+                # that for the whole process only.
+                np.copyto(target[group, :, :, :, :, :, each], patches)
 
 
 def write_patches(

@@ -31,7 +31,7 @@ class Fitting:
 
     def advice(self) -> str:
         """What to change of the largest item alone, or that nothing would help."""
-        largest = max(self._planned, key=lambda item: item.media.plan.patches_shape[0])
+        largest = max(self._planned, key=lambda item: item.media.plan.num_tokens)
         num_frames = len(largest.media.plan.frame_indices)
         is_video = largest.media.modality is Modality.VIDEO
         ways = []

@@ -18,7 +18,7 @@ from filmstrip.media.loader import Metadata
 from filmstrip.media.modalities import evenly_spread
 from filmstrip.processing.fitting import Fitting
 from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem
-from filmstrip.processing.prompt_builder import PromptBuilder, is_fit, num_media_tokens
+from filmstrip.processing.prompt_builder import PromptBuilder, is_fit
 from filmstrip.processing.tasks import gather_or_cancel
 from filmstrip.types import FramePlan, MediaItem, Modality, VideoMetadata
 
@@ -131,7 +131,7 @@ def preview_item(planned: PlannedItem) -> ItemPreview:
         planned.metadata,
         media.plan,
         media.timestamps,
-        num_media_tokens(media),
+        media.plan.num_tokens,
         planned.fetched.num_bytes,
         planned.processed is not None,
         planned.notes,
@@ -261,6 +261,6 @@ class Previewer:
             for item, before in zip(items, planned, strict=True)
         ]
         return tuple(
-            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, num_media_tokens(each))
+            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, each.plan.num_tokens)
             for each in media
         )

@@ -198,7 +198,7 @@ class PromptBuilder:
 
     def _assemble_checked(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> Assembled:
         """The prompt's tokens; raises ContextLengthError, at once if the media alone are too many to lay them out."""
-        media_tokens = sum(num_media_tokens(item.media) for item in planned)
+        media_tokens = sum(item.media.plan.num_tokens for item in planned)
         num_tokens = media_tokens
         if media_tokens < max_model_len:
             assembled = self._assemble(pieces, [item.media for item in planned])
@@ -221,7 +221,7 @@ class PromptBuilder:
             return self.pipeline.plan_media(item, before.metadata)
 
         def fits(media: Sequence[PlannedMedia]) -> bool:
-            if sum(map(num_media_tokens, media)) >= max_model_len:
+            if sum(each.plan.num_tokens for each in media) >= max_model_len:
                 return False
             return len(self._assemble(pieces, media).token_ids) < max_model_len
 
@@ -268,11 +268,6 @@ def _fit_note(before: PlannedItem, max_model_len: int) -> str:
         f"shown with less than the {frames}{plan.width} x {plan.height} pixels planned, to fit the context of "
         f"{max_model_len} tokens (media_overflow)"
     )
-
-
-def num_media_tokens(media: PlannedMedia) -> int:
-    """Embeddings of an item, from its plan."""
-    return media.plan.patches_shape[0] // media.plan.layout.merge_size**2
 
 
 def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool, notes: tuple[str, ...]) -> MediaRecord:
