@@ -42,7 +42,7 @@ def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
         return resized
     canvas = np.full((view.height, view.width, 3), view.fill, np.uint8)
     rows, columns = (
-        slice(max(0, start), max(0, min(size, start + length)))
+        slice(min(max(start, 0), size), min(max(start + length, 0), size))
         for start, size, length in (
             (view.top, view.height, view.resized_height),
             (view.left, view.width, view.resized_width),
