@@ -5,7 +5,7 @@ import torch
 
 from filmstrip.demo.questions import View
 from filmstrip.demo.scenes import COLOURS, SHAPES, Painter, Scene, make_scene
-from filmstrip.demo.teacher import Cells, HistoryTeacher, Teacher, cells_of
+from filmstrip.demo.teacher import Cells, HistoryTeacher, Stories, StoryTeacher, Teacher, cells_of
 
 _COLOURS = ("none", *COLOURS)
 _SHAPES = ("none", *SHAPES, *"0123456789")
@@ -60,7 +60,7 @@ def test_the_loss_falls_when_features_hold_the_facts() -> None:
     facts = cells.table()
     teacher = Teacher(facts.shape[1])
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)
-    losses = []
+    losses, seen = [], {}
     for _ in range(150):
         loss, seen = teacher(torch.from_numpy(facts), cells)
         losses.append(loss.item())
@@ -136,7 +136,7 @@ def test_history_can_be_read_from_features_that_hold_it() -> None:
     features = torch.from_numpy(features.astype(np.float32))
     teacher = HistoryTeacher(features.shape[1])
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    losses = []
+    losses, known = [], {}
     for _ in range(100):
         loss, known = teacher(features, features, history)
         losses.append(loss.item())
@@ -148,3 +148,36 @@ def test_history_can_be_read_from_features_that_hold_it() -> None:
     assert known["knows_start"] > 0.95
     blind, _ = teacher(torch.zeros_like(features), torch.zeros_like(features), history)
     assert blind > 3 * losses[-1]
+
+
+def test_stories_are_of_the_whole_clip_and_can_be_read_from_features_that_hold_them() -> None:
+    torch.manual_seed(0)
+    _, view = _history_scene()
+    things = [(thing, view) for thing in view.shapes]
+    stories = Stories.of(things)
+    for (thing, _), times, looks, way in zip(things, stories.times, stories.looks, stories.ways, strict=True):
+        wanted = [view.appears(thing), view.vanishes(thing), view.changes(thing)]
+        assert times.tolist() == [250 if label is None else round(float(label) * 10) for label in wanted]
+        assert [_COLOURS[looks[0]], _SHAPES[looks[1]]] == [thing.colour, thing.shape]
+        assert (looks[2] > 0) == (view.changes(thing) is not None)
+        shown = view.shown_times(thing)
+        (x, y, size), (end_x, end_y, end_size) = thing.place(shown[0]), thing.place(shown[-1])
+        assert np.allclose((way[:2] + 1) / 2 * (view.scene.width, view.scene.height), (x, y))
+        assert np.allclose((way[2:4] + 1) / 2 * (view.scene.width, view.scene.height), (end_x, end_y))
+        assert np.allclose(way[4:], [*(way[2:4] - way[:2]), np.log(end_size / size)])
+    teacher = StoryTeacher(16)
+    features = torch.randn(len(things), 16)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)
+    losses, found = [], {}
+    for _ in range(60):
+        loss, found = teacher(features, stories)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+    assert found["finds_colour"] == found["finds_shape"] == found["finds_start"] == 1
+    assert teacher(features.flip(0), stories)[0] > 5 * losses[-1]
+    nothing, found = teacher(torch.zeros(0, 16), Stories.of([]))
+    assert nothing == 0
+    assert found == {}

@@ -81,7 +81,7 @@ async def test_prompts_and_pixels_are_those_of_the_server(base: Path, watcher: W
     ]
     question = ask_some(shown[0].view(), random.Random(0), 1, WEIGHTS)[0]
     prefix = watcher.prefix(shown, "Be brief.")
-    turn, is_answer = watcher.turn(question, first=True)
+    turn, is_answer, _ = watcher.turn(question, first=True)
 
     builder = PromptBuilder(
         LLMConfig(engine=EngineConfig(model=str(base)), media=MediaConfig(allowed_local_media_path=str(base)))
@@ -204,7 +204,9 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
     embedding = FactEmbedding(model.lm_head.in_features)
     items = [_item(pool, "picture"), _item(pool, "video")]
     shown = [each for _, each in items]
-    chains = [[question] for question in ask_some(shown[1].view(), random.Random(1), 3, WEIGHTS)]
+    chains = [
+        [question] for question in ask_some(shown[1].view(), random.Random(1), 3, {"direction": 1, "where_ends": 1})
+    ]
     whole = pack(watcher, pool, items, chains, None)
     cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
     tables = np.concatenate([cells_of(s.view(), s.height, s.width, cell_pixels).table() for s in shown])
@@ -213,6 +215,7 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
     at = whole.positions[:, is_visual].T.tolist()
     num_full = int((tables[:, 0] == 0).sum())
     lengths = set()
+    (question_mark,) = watcher.encode("?")
     for seed in range(10):
         facts = pack_facts(watcher, shown, chains, None, random.Random(seed))
         assert facts.shows_facts
@@ -228,6 +231,8 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
         kept[places] = False
         assert np.array(facts.tokens)[kept].tolist() == np.array(whole.tokens)[~is_visual].tolist()
         assert facts.kinds == whole.kinds
+        for sample in (facts, whole):
+            assert [sample.tokens[place] for place in sample.asked] == [question_mark] * len(chains)
     assert len(lengths) > 3
     one, other = (pack_facts(watcher, shown, chains, None, random.Random(seed)) for seed in (0, 1))
     with torch.no_grad():
@@ -281,7 +286,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
         "work": str(work), "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25,
         "average_decay": 0.99, "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1,
         "few_group_steps": 1, "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2, "history_weight": 0.3,
-        "seed": 0,
+        "story_weight": 0.3, "seed": 0,
     }  # fmt: skip
     towers, mergers, words = [], [], []
     for num_steps in (2, 4, 6):
@@ -303,7 +308,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     assert "sees_colour" not in lines[0]  # the text model alone
     assert "sees_colour" in lines[1]
     assert "direction" not in lines[1]  # the vision tower alone
-    assert {"direction", "sees_colour", "far", "knows_start"} <= set(lines[3])
+    assert {"direction", "sees_colour", "far", "knows_start", "finds_colour"} <= set(lines[3])
     saved = torch.load(work / "state.pt", weights_only=True)
     # Two draws of facts, two of glimpses; then the draw that a run was in is not gone on with.
     assert (saved["step"], saved["draw"]) == (6, 5)

@@ -130,12 +130,14 @@ class Watcher:
         assert positions is not None
         return positions
 
-    def turn(self, question: Question, *, first: bool) -> tuple[list[int], list[bool]]:
-        """Tokens of a question and its answer, and which of them the model has to say."""
+    def turn(self, question: Question, *, first: bool) -> tuple[list[int], list[bool], int]:
+        """Tokens of a question and its answer, which of them the model has to say, and the place of the last asked."""
         tokens = [] if first else [*self.encode("\n"), self._start, *self.encode("user\n")]
-        tokens += [*self.encode(question.text), self._end, *self.encode("\n"), self._start, *self.encode("assistant\n")]
+        tokens += self.encode(question.text)
+        asked = len(tokens) - 1
+        tokens += [self._end, *self.encode("\n"), self._start, *self.encode("assistant\n")]
         answer = [*self.encode(question.answer), self._end]
-        return tokens + answer, [False] * len(tokens) + [True] * len(answer)
+        return tokens + answer, [False] * len(tokens) + [True] * len(answer), asked
 
 
 class Pool:

@@ -211,7 +211,7 @@ def ask_of_picture(picture: Scene, view: View | None, rng: random.Random) -> Que
         question = _appears(view, rng, same, it)
     if question is None:
         return None
-    return Question("picture_and_video", question.text, question.answer, question.seconds)
+    return Question("picture_and_video", question.text, question.answer, question.seconds, question.thing)
 
 
 def transcribe(view: View) -> Question | None:
@@ -593,7 +593,7 @@ def _about_one(views: tuple[View, View], rng: random.Random) -> Question | None:
         return None
     text = question.text.replace(" in the video", "").replace("does the video show", "are there")
     text = f"In the {ORDINALS[number]} video, {text[0].lower()}{text[1:-1]}?"
-    return Question("compare", text, question.answer, question.seconds)
+    return Question("compare", text, question.answer, question.seconds, question.thing)
 
 
 def _about_picture(shown: Thing, rng: random.Random) -> Question:

@@ -36,6 +36,8 @@ _HISTORY_SIZES = {
     "late": (_NUM_TENTHS, _NUM_RANKS, len(_COLOURS), 2, 3),
 }
 _NOT_ASKED = -100
+_NEVER = _NUM_TENTHS
+_STORY_SIZES = (*[_NUM_TENTHS + 1] * 3, len(_COLOURS), len(_SHAPES), len(_COLOURS), 7)
 _CELL_ARRAYS = ("colours", "shapes", "shown", "places", "spots", "extents")
 
 
@@ -137,6 +139,53 @@ class History:
 def _tenths(label: str) -> int:
     tenths = round(float(label) * 10)
     return tenths if tenths < _NUM_TENTHS else _NOT_ASKED
+
+
+@dataclass
+class Stories:
+    """All that a clip tells of the things that questions are about, one row for each; class numbers as in :class:`History`.
+
+    ``times`` (num_things, 3) are tenths of a second of the groups in which it appears, vanishes and changes its colour;
+    ``looks`` (num_things, 3) its first colour, its shape and its later colour, 0 for none; ``ways`` (num_things, 7) where
+    it is at first and at last, how far it came in between, and the logarithm of how many times larger it became.
+    """
+
+    times: np.ndarray
+    looks: np.ndarray
+    ways: np.ndarray
+
+    @staticmethod
+    def of(things: list[tuple[Thing, View]]) -> Stories:
+        """Of things and the videos that they are seen in."""
+        times = [
+            [_NEVER if label is None else _tenths(label) for label in (v.appears(t), v.vanishes(t), v.changes(t))]
+            for t, v in things
+        ]
+        looks = [
+            (
+                _COLOURS.index(thing.colour),
+                _SHAPES.index(thing.shape),
+                _COLOURS.index(thing.later_colour) if thing.later_colour and view.changes(thing) else 0,
+            )
+            for thing, view in things
+        ]
+        ways = [_way(thing, view) for thing, view in things]
+        return Stories(
+            np.array(times, int).reshape(-1, 3), np.array(looks, int).reshape(-1, 3), np.array(ways).reshape(-1, 7)
+        )
+
+    @staticmethod
+    def join(parts: list[Stories]) -> Stories:
+        """Of several prompts, one after the other."""
+        return Stories(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def _way(thing: Thing, view: View) -> tuple[float, ...]:
+    times = view.shown_times(thing)
+    (x, y, size), (last_x, last_y, last_size) = thing.place(times[0]), thing.place(times[-1])
+    across, down = 2 / view.scene.width, 2 / view.scene.height
+    start, end = (x * across - 1, y * down - 1), (last_x * across - 1, last_y * down - 1)
+    return (*start, *end, end[0] - start[0], end[1] - start[1], float(np.log(last_size / size)))
 
 
 def cells_of(view: View, height: int, width: int, cell_pixels: int, *, number: int | None = None) -> Cells:
@@ -284,6 +333,37 @@ class HistoryTeacher(nn.Module):
 
     def _read(self, name: str, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.reads[name](self.norms[name](features.float())).split(_HISTORY_SIZES[name], -1)
+
+
+class StoryTeacher(nn.Module):
+    """Reads all that a clip tells of a thing from the last token of a question about it.
+
+    A one-word answer tells a model little of how to find the thing that a question means; its whole story tells more.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_features)
+        self.read = nn.Linear(num_features, sum(_STORY_SIZES))
+
+    def forward(self, features: torch.Tensor, stories: Stories) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss, and how much is read right; ``features`` are (num_things, num_features)."""
+        parts = self.read(self.norm(features.float())).split(_STORY_SIZES, -1)
+        times, looks = torch.from_numpy(stories.times), torch.from_numpy(stories.looks)
+        loss = parts[-1].sum() * 0.0
+        for logits, wanted in zip(parts[:6], (*times.unbind(-1), *looks.unbind(-1)), strict=True):
+            loss = loss + _class_loss(logits, wanted)
+        if not len(looks):
+            return loss, {}
+        off = F.smooth_l1_loss(parts[-1], torch.from_numpy(stories.ways).float(), beta=0.05)
+        seen = {"finds_way": float((parts[-1] - torch.from_numpy(stories.ways)).detach().abs().mean())}
+        for name, logits, wanted in (
+            ("finds_colour", parts[3], looks[:, 0]),
+            ("finds_shape", parts[4], looks[:, 1]),
+            ("finds_start", parts[0], times[:, 0]),
+        ):
+            seen[name] = float((logits.argmax(-1) == wanted).float().mean())
+        return loss + 8 * off, seen
 
 
 def _class_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,17 @@ from filmstrip.demo.questions import (
     transcribe,
 )
 from filmstrip.demo.recipe import TIMES, make_model, write_checkpoint
-from filmstrip.demo.teacher import Cells, FactEmbedding, HistoryTeacher, Teacher, cells_of, distance
+from filmstrip.demo.scenes import Thing
+from filmstrip.demo.teacher import (
+    Cells,
+    FactEmbedding,
+    HistoryTeacher,
+    Stories,
+    StoryTeacher,
+    Teacher,
+    cells_of,
+    distance,
+)
 
 ATTENTION_NAME = "filmstrip_demo_training"
 
@@ -75,6 +85,8 @@ _LOG_PERIODS = (-0.5, 2.0)
 """Of the waves that times start as: 0.3 to 100 seconds."""
 _HISTORY_LAYERS = (1, 3)
 """Behind which layers of the text model its visual tokens are asked what earlier groups tell."""
+_STORY_LAYER = 4
+"""Behind which the last token of a question is asked for the story of its thing."""
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -107,6 +119,9 @@ class Sample(Seen):
     """Of the visual tokens."""
     all_cells: Cells
     """Facts of the visual tokens, in the prompt's order."""
+    asked: list[int]
+    """Places of the last tokens of questions about one thing, and what the clip tells of it."""
+    stories: Stories
     shows_facts: bool = False
 
 
@@ -131,6 +146,9 @@ class Batch(Glimpses):
     """Flat places of the visual tokens."""
     all_cells: Cells
     """Facts of the visual tokens, in the prompts' order."""
+    asked: torch.Tensor
+    """Flat places of the last tokens of questions about one thing, and what the clip tells of it."""
+    stories: Stories
     shows_facts: bool
 
 
@@ -163,6 +181,7 @@ def pack_facts(
     sample.positions = sample.positions[:, keep]
     sample.places = (np.cumsum(keep) - 1)[sample.places[is_kept]]
     sample.all_cells = cells.keep(is_kept)
+    sample.asked = (np.cumsum(keep) - 1)[sample.asked].tolist()
     sample.shows_facts = True
     return sample
 
@@ -176,10 +195,15 @@ def _packed(
     positions = [watcher.positions(prefix)]
     start = int(positions[0].max()) + 1
     kinds: list[tuple[str, int]] = []
+    asked: list[int] = []
+    things: list[tuple[Thing, View]] = []
     for number, chain in enumerate(chains, 1):
         length = 0
         for place, question in enumerate(chain):
-            turn, answers = watcher.turn(question, first=place == 0)
+            turn, answers, last = watcher.turn(question, first=place == 0)
+            if question.thing is not None:
+                asked.append(len(tokens) + last)
+                things.append((question.thing, _view_of(question.thing, shown)))
             tokens += turn
             is_answer += answers
             length += len(turn)
@@ -189,7 +213,14 @@ def _packed(
     all_positions = np.concatenate(positions, axis=1)
     places = np.flatnonzero(np.isin(tokens, watcher.visual_tokens))
     seen: tuple[dict, dict] = (defaultdict(list), defaultdict(list))
-    return Sample(*seen, tokens, all_positions, segments, is_answer, kinds, places, Cells.join(cells))
+    return Sample(
+        *seen, tokens, all_positions, segments, is_answer, kinds, places, Cells.join(cells), asked, Stories.of(things)
+    )
+
+
+def _view_of(thing: Thing, shown: list[Shown]) -> View:
+    views = [each.view() for each in shown if each.kind == "video"]
+    return next(view for view in views if any(thing is other for other in view.scene.things))
 
 
 def _cells(watcher: Watcher, shown: list[Shown]) -> list[Cells]:
@@ -248,7 +279,9 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
     return Batch(
         *(glimpses.pixels, glimpses.cells),
         *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
-        *(places, Cells.join([sample.all_cells for sample in samples]), samples[0].shows_facts),
+        *(places, Cells.join([sample.all_cells for sample in samples])),
+        torch.tensor([row * length + place for row, sample in enumerate(samples) for place in sample.asked]).long(),
+        *(Stories.join([sample.stories for sample in samples]), samples[0].shows_facts),
     )
 
 
@@ -525,6 +558,7 @@ class State:
     teacher: Teacher
     embedding: FactEmbedding
     history: HistoryTeacher
+    story: StoryTeacher
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     draw: int = 0
@@ -619,13 +653,13 @@ class Trainer:
         torch.manual_seed(self._arguments.seed)
         teacher = Teacher(model.lm_head.in_features)
         embedding = FactEmbedding(model.lm_head.in_features)
-        history = HistoryTeacher(model.lm_head.in_features)
+        history, story = HistoryTeacher(model.lm_head.in_features), StoryTeacher(model.lm_head.in_features)
         model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
-        for place in _HISTORY_LAYERS:
+        for place in (*_HISTORY_LAYERS, _STORY_LAYER):
             layer = model.model.language_model.layers[place]
             layer.register_forward_hook(lambda _, __, states: self._recalled.append(states))
-        optimizers = _optimizers(model, teacher, embedding, history)
-        state = State(model, average, teacher, embedding, history, optimizers)
+        optimizers = _optimizers(model, teacher, embedding, history, story)
+        state = State(model, average, teacher, embedding, history, story, optimizers)
         path = self._work / "state.pt"
         if path.exists():
             saved = torch.load(path, weights_only=True)
@@ -634,6 +668,7 @@ class Trainer:
             teacher.load_state_dict(saved["teacher"])
             embedding.load_state_dict(saved["embedding"])
             history.load_state_dict(saved["history"])
+            story.load_state_dict(saved["story"])
             for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
@@ -660,6 +695,7 @@ class Trainer:
                 "teacher": state.teacher.state_dict(),
                 "embedding": state.embedding.state_dict(),
                 "history": state.history.state_dict(),
+                "story": state.story.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
                 "step": state.step,
                 "draw": state.draw,
@@ -691,10 +727,11 @@ class Trainer:
             else:
                 watch(state.model, batch)
         if isinstance(batch, Batch):
-            early, late = (self._states_of(states).flatten(0, 1)[batch.places] for states in self._recalled)
-            behind, known = state.history(early, late, batch.all_cells.history)
-            scores.see(known)
-            loss = loss + self._arguments.history_weight * behind
+            early, late, last = (self._states_of(states).flatten(0, 1) for states in self._recalled)
+            behind, known = state.history(early[batch.places], late[batch.places], batch.all_cells.history)
+            aside, found = state.story(last[batch.asked], batch.stories)
+            scores.see({**known, **found})
+            loss = loss + self._arguments.history_weight * behind + self._arguments.story_weight * aside
         if batch.pixels:
             weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
             loss = loss + weight * self._taught(batch, scores)
@@ -808,6 +845,7 @@ def main() -> None:
     parser.add_argument("--watch-steps", type=int, default=1500, help="then, for the vision tower alone")
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--history-weight", type=float, default=0.3, help="of the loss on what earlier groups tell")
+    parser.add_argument("--story-weight", type=float, default=0.3, help="of the loss on all that is told of a thing")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
     parser.add_argument("--log-steps", type=int, default=50)
