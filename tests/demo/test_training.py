@@ -13,7 +13,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
 from filmstrip.demo.clips import encode_picture, encode_scene
 from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_checkpoint, make_shard, sampling_of
-from filmstrip.demo.questions import WEIGHTS, ask_in_turn, ask_some
+from filmstrip.demo.questions import WEIGHTS, ask, ask_in_turn, ask_some, sentence
 from filmstrip.demo.recipe import make_model, make_tokenizer
 from filmstrip.demo.scenes import make_picture_scene, make_scene
 from filmstrip.demo.teacher import NUM_FACTS, FactEmbedding, cells_of, distance
@@ -81,7 +81,7 @@ async def test_prompts_and_pixels_are_those_of_the_server(base: Path, watcher: W
     ]
     question = ask_some(shown[0].view(), random.Random(0), 1, WEIGHTS)[0]
     prefix = watcher.prefix(shown, "Be brief.")
-    turn, is_answer, _ = watcher.turn(question, first=True)
+    turn = watcher.turn(question, first=True)
 
     builder = PromptBuilder(
         LLMConfig(engine=EngineConfig(model=str(base)), media=MediaConfig(allowed_local_media_path=str(base)))
@@ -104,7 +104,9 @@ async def test_prompts_and_pixels_are_those_of_the_server(base: Path, watcher: W
         )
     finally:
         await builder.close()
-    assert prompt.token_ids == prefix.token_ids + [t for t, said in zip(turn, is_answer, strict=True) if not said]
+    assert prompt.token_ids == prefix.token_ids + [
+        t for t, said in zip(turn.tokens, turn.is_answer, strict=True) if not said
+    ]
     assert prompt.positions is not None
     assert np.array_equal(prompt.positions[:, : len(prefix.token_ids)], watcher.positions(prefix))
     assert prompt.media[0].timestamps == list(times)
@@ -133,15 +135,15 @@ def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> tor
 def test_a_time_is_one_token_wherever_it_stands(watcher: Watcher) -> None:
     for text in ("0.0", "3.1", "24.9"):
         (token,) = watcher.encode(text)
-        for sentence in (
+        for text_around in (
             f"<{text} seconds>",
             f"At {text} seconds",
             f"Where is it at {text} seconds?",
             f"{text}: nothing",
         ):
-            tokens = watcher.encode(sentence)
+            tokens = watcher.encode(text_around)
             assert tokens.count(token) == 1
-            assert watcher.tokenizer.hf.decode(list(tokens)) == sentence
+            assert watcher.tokenizer.hf.decode(list(tokens)) == text_around
     assert watcher.tokenizer.hf.decode(list(watcher.encode("At 3.14 of 125.5"))) == "At 3.14 of 125.5"
 
 
@@ -266,6 +268,25 @@ def test_the_distance_to_facts_is_none_for_their_embedding_and_one_for_their_mea
     assert distance(wanted, wanted, cells) == 0
     off = distance(wanted + wanted.std(), wanted, cells)
     assert off.item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_thing_must_be_known_where_its_question_ends_or_its_sentence_starts(pool: Pool, watcher: Watcher) -> None:
+    views = [shown.view() for _, shown in pool.items if shown.kind == "video"]
+    view = next(
+        view for view in views if len(view.shapes) == len(view.things) > 1 and ask("describe", view, random.Random(0))
+    )
+    description, about = ask("describe", view, random.Random(0)), ask("colour", view, random.Random(1))
+    assert description is not None
+    assert about is not None
+    turn = watcher.turn(about, first=False)
+    assert [(watcher.tokenizer.hf.decode([turn.tokens[at]]), thing) for at, thing in turn.things] == [
+        ("?", about.thing)
+    ]
+    turn = watcher.turn(description, first=True)
+    assert [thing for _, thing in turn.things] == view.things
+    for (at, thing), end in zip(turn.things, [at for at, _ in turn.things[1:]] + [len(turn.tokens) - 2], strict=True):
+        said = watcher.tokenizer.hf.decode(turn.tokens[at + 1 : end + 1]).strip()
+        assert said == sentence(view, thing)
 
 
 def test_a_long_answer_counts_less_for_each_of_its_words() -> None:

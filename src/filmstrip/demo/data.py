@@ -23,7 +23,7 @@ from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.demo.clips import encode_picture, encode_scene
 from filmstrip.demo.questions import Question, View
 from filmstrip.demo.recipe import make_model, make_tokenizer, write_checkpoint
-from filmstrip.demo.scenes import Scene, make_picture_scene, make_scene, picture_of
+from filmstrip.demo.scenes import Scene, Thing, make_picture_scene, make_scene, picture_of
 from filmstrip.media.image import open_image, probe_image
 from filmstrip.media.patches import PatchWriter
 from filmstrip.media.source import BytesSource
@@ -74,6 +74,18 @@ class Shown:
         """How it stands in a prompt."""
         plan = FramePlan(tuple(range(max(len(self.frame_seconds), 1))), self.height, self.width, layout)
         return PlannedMedia(Modality.VIDEO if self.kind == "video" else Modality.IMAGE, plan, self.frame_seconds)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer: which of the ``tokens`` the model has to say, and where it must know a thing.
+
+    That is at the last token of a question about it, and right before a sentence about it.
+    """
+
+    tokens: list[int]
+    is_answer: list[bool]
+    things: list[tuple[int, Thing]]
 
 
 class Watcher:
@@ -130,14 +142,18 @@ class Watcher:
         assert positions is not None
         return positions
 
-    def turn(self, question: Question, *, first: bool) -> tuple[list[int], list[bool], int]:
-        """Tokens of a question and its answer, which of them the model has to say, and the place of the last asked."""
+    def turn(self, question: Question, *, first: bool) -> Turn:
+        """A question and its answer as tokens, behind another one's or the first."""
         tokens = [] if first else [*self.encode("\n"), self._start, *self.encode("user\n")]
         tokens += self.encode(question.text)
-        asked = len(tokens) - 1
+        things = [(len(tokens) - 1, question.thing)] if question.thing is not None else []
         tokens += [self._end, *self.encode("\n"), self._start, *self.encode("assistant\n")]
         answer = [*self.encode(question.answer), self._end]
-        return tokens + answer, [False] * len(tokens) + [True] * len(answer), asked
+        if question.listed:
+            stops = [place for place, token in enumerate(answer) if (token,) == self.encode(".")]
+            before = [len(tokens) - 1, *(len(tokens) + place for place in stops[:-1])]
+            things += zip(before, question.listed, strict=True)
+        return Turn(tokens + answer, [False] * len(tokens) + [True] * len(answer), things)
 
 
 class Pool:

@@ -35,6 +35,8 @@ class Question:
     seconds: float | None = None
     thing: Thing | None = None
     """What it is about, for questions that follow."""
+    listed: tuple[Thing, ...] = ()
+    """What the answer's sentences are about, one after the other."""
 
 
 class View:
@@ -237,7 +239,8 @@ def list_looks(view: View) -> Question | None:
         f"{capitalized(thing.shape)}: {thing.colour}" + (f", then {thing.later_colour}" if view.changes(thing) else "")
         for thing in view.shapes
     ]
-    return Question("list_looks", "List the shapes with their colours.", f"{'. '.join(looks)}.")
+    text = "List the shapes with their colours."
+    return Question("list_looks", text, f"{'. '.join(looks)}.", listed=tuple(view.shapes))
 
 
 def _seen_at(view: View, thing: Thing, group: Sequence[float]) -> str:
@@ -292,7 +295,9 @@ def _describe(view: View, rng: random.Random) -> Question | None:
             "What can be seen?",
         )
     )
-    return Question("describe", text, " ".join(sentence(view, thing) for thing in view.things))
+    return Question(
+        "describe", text, " ".join(sentence(view, thing) for thing in view.things), listed=tuple(view.things)
+    )
 
 
 def _count(view: View, rng: random.Random) -> Question | None:
@@ -638,7 +643,7 @@ _ABOUT_THINGS: dict[str, Callable[[View, random.Random, Thing, str], Question | 
 WEIGHTS: dict[str, float] = {
     "describe": 1.0,
     "count": 1.0,
-    "exists": 1.0,
+    "exists": 2.0,
     "digit": 1.5,
     "digit_at": 2.5,
     "digit_when": 1.0,

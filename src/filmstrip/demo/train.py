@@ -86,7 +86,7 @@ _LOG_PERIODS = (-0.5, 2.0)
 _HISTORY_LAYERS = (1, 3)
 """Behind which layers of the text model its visual tokens are asked what earlier groups tell."""
 _STORY_LAYER = 4
-"""Behind which the last token of a question is asked for the story of its thing."""
+"""Behind which the places that must know a thing are asked for its story."""
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -120,7 +120,7 @@ class Sample(Seen):
     all_cells: Cells
     """Facts of the visual tokens, in the prompt's order."""
     asked: list[int]
-    """Places of the last tokens of questions about one thing, and what the clip tells of it."""
+    """Places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
     shows_facts: bool = False
 
@@ -147,7 +147,7 @@ class Batch(Glimpses):
     all_cells: Cells
     """Facts of the visual tokens, in the prompts' order."""
     asked: torch.Tensor
-    """Flat places of the last tokens of questions about one thing, and what the clip tells of it."""
+    """Flat places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
     shows_facts: bool
 
@@ -200,14 +200,13 @@ def _packed(
     for number, chain in enumerate(chains, 1):
         length = 0
         for place, question in enumerate(chain):
-            turn, answers, last = watcher.turn(question, first=place == 0)
-            if question.thing is not None:
-                asked.append(len(tokens) + last)
-                things.append((question.thing, _view_of(question.thing, shown)))
-            tokens += turn
-            is_answer += answers
-            length += len(turn)
-            kinds.append((question.kind, sum(answers)))
+            turn = watcher.turn(question, first=place == 0)
+            asked += [len(tokens) + at for at, _ in turn.things]
+            things += [(thing, _view_of(thing, shown)) for _, thing in turn.things]
+            tokens += turn.tokens
+            is_answer += turn.is_answer
+            length += len(turn.tokens)
+            kinds.append((question.kind, sum(turn.is_answer)))
         segments += [number] * length
         positions.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
     all_positions = np.concatenate(positions, axis=1)
