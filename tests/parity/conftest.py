@@ -163,13 +163,13 @@ def run_reference(folder, cases, checkpoint):
     return {name: dict(np.load(folder / f"{name}.out.npz")) for name in cases}
 
 
-def run_reference_program(folder, specs):
-    """Run ``reference.py`` where torchvision can be imported."""
+def run_reference_program(folder, specs, script="reference.py"):
+    """Run ``script`` where torchvision can be imported."""
     (folder / "cases.json").write_text(json.dumps(specs))
-    script = Path(__file__).with_name("reference.py")
+    program = Path(__file__).with_name(script)
     environment = os.environ | {"PYTHONPATH": str(PARITY_SITE)}
     result = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(program), str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-4000:]
 

@@ -47,6 +47,17 @@ class Tokenizer:
         """The id that ends a turn, if the tokenizer names one."""
         return self.hf.eos_token_id
 
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Control tokens by the role that the checkpoint's tokenizer gives them, e.g. ``video_token``."""
+        return {role: str(token) for role, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
+
+    @property
+    def first_ids(self) -> list[int]:
+        """Ids that the tokenizer itself puts before a text (Llama: the begin-of-sequence token); often none."""
+        whole, text = self.hf("a").input_ids, self.hf("a", add_special_tokens=False).input_ids
+        return whole[: len(whole) - len(text)] if whole[-len(text) :] == text else whole[: whole.index(text[0])]
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of ``text``, in which control tokens are spelled out like any other text."""
         return self._plain.encode(text, add_special_tokens=False).ids if text else []

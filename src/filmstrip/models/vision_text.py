@@ -1,0 +1,117 @@
+"""Tiles in, embeddings out; packed tokens in, logits out, for a vision tower, a projector and a text model side by side.
+
+The modules are Transformers' own, tower and projector called through its ``get_image_features``. A picture or a frame is one
+or more square tiles of one size; each tile is encoded for itself. Attention of the text model reads paged K and V. Knows no
+pixels and no prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from filmstrip.models.attention_interface import ATTENTION_NAME
+from filmstrip.models.base import EncoderInput, ModelInfo
+from filmstrip.models.batch import Batch
+from filmstrip.models.checkpoint import Checkpoint
+from filmstrip.models.devices import make_attention
+from filmstrip.models.media_rows import embed_rows, media_rows
+from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.models.qwen_vl import normalize_patches
+from filmstrip.models.text import check_supported
+
+MAX_TILES_PER_FORWARD = 16
+"""Tiles that go through the vision tower at once, which bounds its activations (tiles do not see each other)."""
+
+
+class VisionTextModel:
+    """A checkpoint whose tiles become rows of the text model's input: InternVL, LLaVA.
+
+    Families differ in :meth:`_item_rows`: what the rows of a whole item are, once its tiles are encoded.
+    """
+
+    def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
+        """Wrap ``module``, a Transformers ``...ForConditionalGeneration`` whose text attention is paged."""
+        self.info = info
+        self._attention = attention
+        self.module = module
+        self._language_model, self._lm_head = module.model.language_model, module.lm_head
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> VisionTextModel:
+        """Load the weights of ``checkpoint``; raises :class:`ModelLoadError`, also for what would be computed wrongly."""
+        module = checkpoint.load_module(
+            getattr(transformers, checkpoint.architecture),
+            attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+        )
+        config = module.config.text_config
+        check_supported(config, checkpoint.architecture)
+        shape = AttentionShape(
+            num_layers=config.num_hidden_layers,
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
+        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
+        info = ModelInfo(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            max_position_embeddings=config.max_position_embeddings,
+            num_embedding_rows=1,
+            block_size=attention.block_size,
+            kv_bytes_per_token=attention.kv_bytes_per_token,
+            device=checkpoint.device,
+            dtype=checkpoint.dtype,
+        )
+        return cls(module, attention, info)
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate K and V pages of ``num_blocks`` blocks for every layer."""
+        self._attention.allocate(num_blocks)
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[EncoderInput]) -> list[list[torch.Tensor]]:
+        """Embeddings of each item's segments: (tokens_per_segment, 1, hidden_size) in ``info.dtype``.
+
+        Every tensor owns its memory, so a cache that drops one segment frees it.
+        """
+        encoded = []
+        for item in items:
+            rows = self._item_rows(self._encode_tiles(item), item).to(self.info.dtype)
+            segments = rows.unflatten(0, (item.num_segments, -1)).unsqueeze(2)
+            encoded.append([segment.clone() for segment in segments])
+        return encoded
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
+        placements = sorted(batch.placements, key=lambda placement: placement.start)
+        rows = media_rows(placements, batch.num_tokens)
+        hidden_states = self._language_model(
+            inputs_embeds=embed_rows(self._language_model.embed_tokens, batch.token_ids, placements, rows).unsqueeze(0),
+            position_ids=batch.positions[:1],
+            use_cache=False,
+            paged_step=self._attention.begin(batch),
+        ).last_hidden_state[0]
+        return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    def _encode_tiles(self, item: EncoderInput) -> torch.Tensor:
+        """Embeddings of all tiles of ``item``: (num_tiles, tokens_per_tile, hidden_size)."""
+        size = int((item.patches.shape[1] // 3) ** 0.5)
+        features = []
+        for tiles in item.patches.split(MAX_TILES_PER_FORWARD):
+            pixels = normalize_patches(tiles.to(self.info.device), item.normalization).view(-1, 3, size, size)
+            features.append(self._tile_features(pixels.to(self.info.dtype)))
+        return torch.cat(features)
+
+    def _tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tower and projector: (num_tiles, 3, size, size) -> (num_tiles, tokens_per_tile, hidden_size)."""
+        output = self.module.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return output if isinstance(output, torch.Tensor) else torch.stack(tuple(output))
+
+    def _item_rows(self, tiles: torch.Tensor, item: EncoderInput) -> torch.Tensor:  # noqa: ARG002 - for other families
+        """Rows of the whole item, (num_tokens, hidden_size), from (num_tiles, tokens_per_tile, hidden_size)."""
+        return tiles.flatten(0, 1)

@@ -1,0 +1,102 @@
+"""A family and a seed in, a complete checkpoint directory with random weights out, for families that see tiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from filmstrip.demo.checkpoint import CHAT_TEMPLATE, build_tokenizer, randomize_weights
+
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+}
+VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def tokenizer_with(tokens: Mapping[str, str], *, image: str, video: str = "") -> PreTrainedTokenizerFast:
+    """The small tokenizer with control tokens by their roles; ``image`` and ``video`` are what its template writes."""
+    small = build_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=small.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=dict(tokens),
+        model_max_length=262144,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(_QWEN_IMAGE, image).replace(_QWEN_VIDEO, video)
+    return tokenizer
+
+
+def save(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    architecture: str,
+    fields: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    seed: int,
+) -> str:
+    """Write a random checkpoint of ``architecture`` with the configuration ``fields`` and the JSON ``files``."""
+    ids = tokenizer.get_vocab()
+    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    size = {"vocab_size": -(-len(tokenizer) // 64) * 64 + 64}
+    model_class: Any = getattr(transformers, architecture)
+    text = {**TEXT, **fields.get("text_config", {}), **size, **ends}
+    model = model_class(model_class.config_class(**{**fields, "text_config": text}))
+    randomize_weights(model, seed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[len(tokenizer) :] = 0
+    model.generation_config = GenerationConfig(do_sample=False, **ends)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for name, values in files.items():
+        (path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def make_internvl(path: Path, *, seed: int = 0) -> str:
+    """A random InternVL3 checkpoint: tiles of 56 pixels, 4 tokens each, at most 6 and the whole; 5 frames of a video."""
+    tokens = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = tokenizer_with(tokens, image="<IMG_CONTEXT>\\n", video="<video>\\n")
+    size = {"height": 56, "width": 56}
+    image = {"image_processor_type": "GotOcr2ImageProcessor", "size": size, "max_patches": 6, "min_patches": 1}
+    video = {
+        "video_processor_type": "InternVLVideoProcessor",
+        "size": size,
+        "do_sample_frames": True,
+        "num_frames": 5,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    fields = {
+        "vision_config": {**VISION, "image_size": [56, 56], "patch_size": [14, 14], "use_qk_norm": True},
+        "text_config": {"model_type": "qwen2"},
+        "image_token_id": tokenizer.get_vocab()["<IMG_CONTEXT>"],
+        "image_seq_length": 4,
+        "tie_word_embeddings": False,
+    }
+    files = {
+        "preprocessor_config.json": image,
+        "video_preprocessor_config.json": video,
+        "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+    }
+    return save(path, tokenizer, "InternVLForConditionalGeneration", fields, files, seed)

@@ -1,0 +1,222 @@
+"""Families that see pictures as tiles: prompts, pixels, logits and greedy tokens equal Transformers'.
+
+However a prompt is computed: alone, in a batch, in chunks, after a prefix hit, after preemption.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from filmstrip.config import EngineConfig
+from filmstrip.models.loader import load_model
+from filmstrip.models.qwen_vl import normalize_patches
+from filmstrip.types import Modality
+from tests.models import tiles
+from tests.parity.conftest import Case, build_prompts, image, reference_case, run_reference_program, user
+from tests.parity.test_engine import check, make_engine, run
+
+VIDEO_CASES = [
+    "video",
+    "ntsc_video",
+    "webm_video",
+    "two_videos",
+    "mixed",
+    "tall",
+    "tiny",
+    "chosen_frames",
+    "many_turns",
+]
+IMAGE_CASES = ["text_only", "image", "small_image", "large_image"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """``make`` writes a checkpoint."""
+
+    make: Callable[..., str]
+    takes_video: bool = True
+
+
+FAMILIES = {"internvl": Family(tiles.make_internvl)}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return {name: family.make(tmp_path_factory.mktemp("model")) for name, family in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(family, paths):
+    return paths[family]
+
+
+@pytest.fixture(scope="module")
+def all_conversations(cases, media_files):
+    """For each family conversations with what it takes."""
+    again = [
+        user(image(media_files["photo"]), "First?"),
+        {"role": "assistant", "content": "A bar."},
+        user("And <this> ", image(media_files["strip"]), " or", image(media_files["photo"]), "?"),
+    ]
+    with_images = {name: cases[name] for name in IMAGE_CASES} | {"image_turns": Case("image_turns", again)}
+    with_videos = with_images | {name: cases[name] for name in VIDEO_CASES}
+    return {name: with_videos if family.takes_video else with_images for name, family in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def conversations(all_conversations, family):
+    return all_conversations[family]
+
+
+@pytest.fixture(scope="module")
+def references(all_conversations, paths, tmp_path_factory):
+    """Transformers' answers, from one process for all families: its start takes longer than the answers of one."""
+    folder = tmp_path_factory.mktemp("reference")
+    specs = []
+    for family, conversations in all_conversations.items():
+        for case in conversations.values():
+            spec, arrays = reference_case(replace(case, name=f"{family}_{case.name}"), paths[family])
+            np.savez(folder / f"{spec['name']}.npz", **arrays)
+            specs.append(spec)
+    run_reference_program(folder, specs, "tile_reference.py")
+    return {spec["name"]: dict(np.load(folder / f"{spec['name']}.out.npz")) for spec in specs}
+
+
+@pytest.fixture(scope="module")
+def expected(conversations, family, references):
+    return {name: references[f"{family}_{name}"] for name in conversations}
+
+
+@pytest.fixture(scope="module")
+def asked(conversations, path):
+    return build_prompts(conversations, path)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load_model(EngineConfig(path, device="cpu", dtype="float32", num_threads=2, block_size=8))
+
+
+def test_weights_named_by_older_and_newer_transformers(path, model, tmp_path):
+    """What is on the hub has the names of before 4.52; ``make`` writes those, and Transformers has newer ones inside."""
+    for file in Path(path).iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_text(file.read_text())
+    old = load_file(Path(path) / "model.safetensors")
+    assert any(name.startswith("language_model.model.") for name in old)
+    new = {name: weight.clone() for name, weight in model.module.state_dict().items()}
+    assert any(name.startswith("model.language_model.") for name in new)
+    save_file(new, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = load_model(EngineConfig(str(tmp_path), device="cpu", dtype="float32", num_threads=2)).module.state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in new.items())
+
+
+def names_of(asked):
+    """Prompts of every kind that the family takes."""
+    return [name for name in ("text_only", "image", "video", "mixed", "two_videos", "image_turns") if name in asked]
+
+
+def tiles_of(prompt, modality=None):
+    """float32 tiles (num_tiles, 3, size, size) of each item, as the model gets them."""
+    found = []
+    for feature in prompt.features:
+        if modality in (None, feature.modality):
+            rows = normalize_patches(feature.patches.torch(), feature.normalization)
+            size = int((rows.shape[1] // 3) ** 0.5)
+            found.append(rows.view(-1, 3, size, size).numpy())
+    return found
+
+
+def test_answers_are_not_trivial(expected):
+    answers = {tuple(reference["new_token_ids"].tolist()) for reference in expected.values()}
+    assert len(answers) >= len(expected) - 1
+    assert all(len(set(answer)) > 4 for answer in answers)
+
+
+def test_prompts(asked, expected):
+    for name, prompt in asked.items():
+        assert prompt.token_ids == expected[name]["input_ids"][0].tolist(), name
+        assert prompt.positions is None
+        check_pixels(prompt, expected[name])
+
+
+def check_pixels(prompt, reference):
+    """Videos of some families stand among the images, in prompt order."""
+    apart = "pixel_values_videos" in reference
+    kinds = {"pixel_values": Modality.IMAGE, "pixel_values_videos": Modality.VIDEO} if apart else {"pixel_values": None}
+    for key, modality in kinds.items():
+        ours = tiles_of(prompt, modality)
+        assert bool(ours) == (key in reference)
+        if not ours:
+            continue
+        theirs = reference[key]
+        if theirs.ndim == 4:
+            np.testing.assert_array_equal(np.concatenate(ours), theirs)
+            continue
+        for item, padded in zip(ours, theirs, strict=True):  # behind an item's own tiles there is nothing
+            np.testing.assert_array_equal(item, padded[: len(item)])
+            assert not padded[len(item) :].any()
+
+
+def test_alone(model, asked, expected):
+    for name, prompt in asked.items():
+        check(run(make_engine(model), {name: prompt})[name], expected[name])
+
+
+def test_in_a_batch(model, asked, expected):
+    results = run(make_engine(model), asked)
+    for name, result in results.items():
+        check(result, expected[name])
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunked(model, asked, expected, chunk):
+    names = names_of(asked)
+    engine = make_engine(model, max_num_batched_tokens=chunk, prefix=False)
+    results = run(engine, {name: asked[name] for name in names})
+    for name in names:
+        check(results[name], expected[name])
+
+
+def test_after_a_prefix_hit(model, asked, expected):
+    engine = make_engine(model)
+    names = names_of(asked)
+    for name in names:
+        run(engine, {name: asked[name]})
+    before = engine.stats()["prefix_cache_hit_tokens"]
+    for name in names:
+        check(run(engine, {name: asked[name]})[name], expected[name])
+    hit = engine.stats()["prefix_cache_hit_tokens"] - before
+    assert hit == sum((len(asked[name].token_ids) - 1) // 8 * 8 for name in names)
+
+
+def test_after_an_encoder_hit(model, asked, expected):
+    engine = make_engine(model, prefix=False)
+    names = names_of(asked)
+    for name in names:
+        run(engine, {name: asked[name]})
+    encoded = engine.stats()["encoded_segments"]
+    for name in names:
+        check(run(engine, {name: asked[name]})[name], expected[name])
+    assert engine.stats()["encoded_segments"] == encoded
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_after_preemption(model, asked, expected, prefix):
+    names = names_of(asked)
+    longest = max(len(asked[name].token_ids) for name in names) + 32
+    engine = make_engine(model, num_tokens=longest + 32, prefix=prefix, max_num_batched_tokens=256)
+    results = run(engine, {name: asked[name] for name in names})
+    assert engine.stats()["num_preemptions"] > 0
+    for name in names:
+        check(results[name], expected[name])

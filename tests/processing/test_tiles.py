@@ -1,0 +1,130 @@
+"""What families of tiles show and refuse, beyond what parity with the references says: wishes, limits, broken settings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from filmstrip.config import MediaConfig, ProcessorConfig
+from filmstrip.errors import InvalidRequestError, ModelLoadError
+from filmstrip.processing.base import PlannedMedia
+from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.registry import create_processor
+from filmstrip.processing.tokenizer import Tokenizer
+from filmstrip.types import FrameSampling, ImageMetadata, Modality, PixelLimits, VideoMetadata
+from tests.models import tiles
+
+
+def make_processor(path, **media):
+    return create_processor(Tokenizer(path), CheckpointFiles(path), ProcessorConfig(), MediaConfig(**media))
+
+
+def clip(total, fps=10.0):
+    return VideoMetadata(total, fps, total / fps, 90, 160, np.arange(total) / fps, "test")
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory):
+    return tiles.make_internvl(tmp_path_factory.mktemp("internvl"))
+
+
+def with_changed(path, tmp_path, file, **values):
+    """The checkpoint's small files again, one of them changed; None takes a value out."""
+    for source in Path(path).iterdir():
+        if source.suffix in {".json", ".jinja"}:
+            (tmp_path / source.name).write_text(source.read_text())
+    changed = json.loads((tmp_path / file).read_text()) | values
+    (tmp_path / file).write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+    return str(tmp_path)
+
+
+def frames(processor, total, *, presampled=False, **sampling):
+    plan = processor.plan_video(clip(total), FrameSampling(**sampling), PixelLimits(), presampled=presampled)
+    assert plan.num_tokens == processor.num_video_tokens(len(plan.frame_indices))
+    assert plan.grid_thw == (len(plan.frame_indices), 1, 1)
+    return list(plan.frame_indices)
+
+
+def test_frames_by_the_checkpoint_or_as_asked(internvl):
+    processor = make_processor(internvl)
+    assert frames(processor, 100) == [10, 30, 50, 70, 90]
+    assert frames(processor, 3) == [0, 1, 2]
+    assert frames(processor, 1) == [0]
+    assert frames(processor, 100, start_seconds=4, end_seconds=4.95) == [41, 43, 45, 47, 49]
+    assert frames(processor, 100, num_frames=3) == [0, 49, 99]
+    assert frames(processor, 100, fps=0.4) == [0, 33, 66, 99]
+    assert frames(processor, 100, max_frames=3) == [0, 49, 99]
+    assert frames(processor, 100, min_frames=6) == [0, 19, 39, 59, 79, 99]
+    assert frames(processor, 7, presampled=True) == list(range(7))
+    assert frames(processor, 7, presampled=True, num_frames=3) == [0, 3, 6]
+    assert frames(make_processor(internvl, max_video_frames=2), 100) == [0, 99]
+
+
+def test_a_checkpoint_without_a_rule_shows_32_frames(internvl, tmp_path):
+    processor = make_processor(with_changed(internvl, tmp_path, "video_preprocessor_config.json", num_frames=None))
+    assert len(frames(processor, 900)) == 32
+    assert frames(processor, 20) == list(range(20))
+
+
+def test_a_checkpoint_with_a_rate(internvl, tmp_path):
+    rate = {"num_frames": None, "fps": 2, "initial_shift": 0}
+    processor = make_processor(with_changed(internvl, tmp_path, "video_preprocessor_config.json", **rate))
+    assert frames(processor, 40) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert frames(processor, 3) == [0]
+
+
+def test_videos_without_settings_of_their_own_are_shown_by_those_for_images(internvl, tmp_path):
+    path = with_changed(internvl, tmp_path, "preprocessor_config.json", size={"height": 28, "width": 28})
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    plan = make_processor(path).plan_video(clip(40), FrameSampling(), PixelLimits(), presampled=False)
+    assert (plan.height, plan.width, plan.num_tokens) == (28, 28, 32)
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "size", "num_tiles"),
+    [(None, (112, 168), 7), (6 * 56**2, (112, 168), 7), (3 * 56**2 - 1, (56, 112), 3), (1, (56, 56), 1)],
+)
+def test_max_pixels_lowers_the_number_of_tiles(internvl, max_pixels, size, num_tiles):
+    plan = make_processor(internvl).plan_image(ImageMetadata(400, 600), PixelLimits(max_pixels=max_pixels))
+    assert (plan.height, plan.width) == size
+    assert plan.patches_shape == (num_tiles, 3 * 56 * 56)
+    assert plan.num_tokens == 4 * num_tiles
+
+
+def test_items_and_marks_of_the_template_must_match(internvl):
+    processor = make_processor(internvl)
+    mark = Tokenizer(internvl).special_tokens["<IMG_CONTEXT>"]
+    plan = processor.plan_image(ImageMetadata(10, 10), PixelLimits())
+    planned = PlannedMedia(Modality.IMAGE, plan, ())
+    assert len(processor.expand(["a", mark], [planned])) == 4
+    with pytest.raises(InvalidRequestError, match="shows an image that the messages do not have"):
+        processor.expand([mark, mark], [planned])
+    with pytest.raises(InvalidRequestError, match="does not show all media"):
+        processor.expand(["a"], [planned])
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 56, "width": 28}},
+            "size in preprocessor_config.json must be a",
+        ),
+        ("preprocessor_config.json", {"resample": 1}, "sets resample to 1"),
+        ("preprocessor_config.json", {"do_normalize": False}, "sets do_normalize to False"),
+        ("video_preprocessor_config.json", {"rescale_factor": 0.5}, "sets rescale_factor to 0.5"),
+    ],
+)
+def test_what_would_be_shown_wrongly_is_not_loaded(internvl, tmp_path, file, values, named):
+    path = with_changed(internvl, tmp_path, file, **values)
+    with pytest.raises(ModelLoadError, match=named):
+        make_processor(path)
+
+
+def test_a_tokenizer_without_the_control_tokens_is_not_loaded(internvl):
+    tokenizer = Tokenizer(internvl)
+    del tokenizer.special_tokens["</img>"]
+    with pytest.raises(ModelLoadError, match="no control token </img>"):
+        create_processor(tokenizer, CheckpointFiles(internvl), ProcessorConfig(), MediaConfig())
