@@ -47,6 +47,20 @@ def _with_vision(name: str, architecture: str, file: str, case: str, **others: s
     return Family(name, (architecture,), proofs)
 
 
+def _with_tiles(name: str, architecture: str, case: str, *, video: bool) -> Family:
+    """A family of ``test_tiles.py``, whose conversations have videos if it takes them."""
+    proofs = dict.fromkeys(
+        MEDIA if video else ("text", "image"), (f"{_TILES}::test_alone[{case}]", f"{_TILES}::test_prompts[{case}]")
+    )
+    proofs |= {
+        "batch": (f"{_TILES}::test_in_a_batch[{case}]",),
+        "chunked": (f"{_TILES}::test_chunked[{case}-",),
+        "prefix cache": (f"{_TILES}::test_after_a_prefix_hit[{case}]",),
+        "preemption": (f"{_TILES}::test_after_preemption[{case}-",),
+    }
+    return Family(name, (architecture,), proofs, ("time series",) if video else ("time series", "video", "mixed"))
+
+
 def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
     proofs = {
         "text": (f"{file}::test_alone[{architecture}",),
@@ -60,8 +74,11 @@ def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
 
 _ENGINE, _PROMPT = "tests/parity/test_engine.py", "tests/parity/test_prompt.py::test_prompt_parity["
 _QWEN3_5, _NEXT, _TEXT = (f"tests/parity/test_{name}.py" for name in ("qwen3_5", "qwen3_next", "text"))
+_TILES = "tests/parity/test_tiles.py"
 _VL = {"batch": "test_in_a_batch_of_eight", "prefix": "test_after_a_prefix_hit", "prompts": _PROMPT}
 _HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
+_QWEN2_VL = "tests/parity/test_qwen2_vl.py"
+_RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
 
 FAMILIES = (
     _with_vision("Qwen3-VL", "Qwen3VLForConditionalGeneration", _ENGINE, "dense", **_VL),
@@ -76,6 +93,17 @@ FAMILIES = (
         **_HYBRID,
         prompts=f"{_QWEN3_5}::test_prompts[moe",
     ),
+    _with_vision(
+        *("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _QWEN2_VL, "qwen2_5_vl"),
+        **_RUN,
+        prompts=f"{_QWEN2_VL}::test_prompts[qwen2_5_vl",
+    ),
+    _with_vision(
+        *("Qwen2-VL", "Qwen2VLForConditionalGeneration", _QWEN2_VL, "qwen2_vl"),
+        **_RUN,
+        prompts=f"{_QWEN2_VL}::test_prompts[qwen2_vl",
+    ),
+    _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3-Next", "Qwen3NextForCausalLM", _NEXT, "test_from_a_kept_state"),

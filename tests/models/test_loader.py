@@ -183,7 +183,7 @@ def test_registry():
     for name in supported_architectures():
         assert callable(model_class(name).load)
     with pytest.raises(ModelLoadError, match=r"did you mean .*Qwen3VLForConditionalGeneration") as raised:
-        find_architecture(["Qwen2VLForConditionalGeneration"], "some/model")
+        find_architecture(["Qwen3VLTinyForConditionalGeneration"], "some/model")
     assert f"Supported architectures: {', '.join(supported_architectures())}" in raised.value.message
 
 

@@ -54,6 +54,8 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
     images, videos, metadata, sample = load_media(case, arrays)
     prompt = processor.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
     options = {"do_sample_frames": sample, "cap_pixels_per_frame": False} if videos else {}
+    if sample and videos and processor.video_processor.fps is None:  # without a rate it would show all frames
+        options["fps"] = 2
     inputs = processor(
         text=[prompt],
         images=images or None,
@@ -62,8 +64,13 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
         return_tensors="pt",
         **options,
     )
-    grids = {key: inputs[key] for key in ("image_grid_thw", "video_grid_thw") if key in inputs}
-    positions, delta = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    grids = {key: inputs[key] for key in names if key in inputs}
+    positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
+    steps = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: steps.append(kwargs["position_ids"][-3:, 0, 0]), with_kwargs=True
+    )
     generated = model.generate(
         **inputs,
         max_new_tokens=case["max_new_tokens"],
@@ -71,8 +78,10 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
         output_logits=True,
         return_dict_in_generate=True,
     )
+    hook.remove()
     out = {key: value.numpy() for key, value in inputs.items()}
-    out["positions"], out["delta"] = positions[:, 0].numpy(), delta.numpy()
+    # Where the first generated token stands on each axis, less its index: models' own deltas are not what counts here.
+    out["positions"], out["delta"] = positions[:, 0].numpy(), (steps[1] - inputs["input_ids"].shape[1]).numpy()
     out["new_token_ids"] = generated.sequences[0, inputs["input_ids"].shape[1] :].numpy()
     out["logits"] = torch.cat(generated.logits).numpy()
     return out

@@ -42,7 +42,7 @@ def test_prompt_parity_on_real_clips(prompts, references):
 def check(prompt, reference):
     assert prompt.token_ids == reference["input_ids"][0].tolist()
     np.testing.assert_array_equal(prompt.positions, reference["positions"])
-    assert prompt.position_delta == reference["delta"].item()
+    assert [prompt.position_delta] * 3 == reference["delta"].tolist()
     for modality, values, grid in (
         (Modality.IMAGE, "pixel_values", "image_grid_thw"),
         (Modality.VIDEO, "pixel_values_videos", "video_grid_thw"),

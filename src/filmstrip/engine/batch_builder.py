@@ -31,7 +31,7 @@ def build_batch(
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
         indices = np.arange(start, end)
         token_ids.append(np.asarray(request.token_ids[start:end], np.int64))
-        positions.append(_positions(request, indices))
+        positions.append(request.positions_between(start, end))
         blocks = np.frombuffer(request.block_table, np.intc)
         slots.append(blocks[indices // block_size].astype(np.int64) * block_size + indices % block_size)
         placements += _placements(request, start, end, row, encoder_cache)
@@ -64,16 +64,6 @@ def build_batch(
         state_slots=tensor(np.asarray(states, np.int64)) if states else None,
     )
     return batch, sampled
-
-
-def _positions(request: Request, indices: np.ndarray) -> np.ndarray:
-    """int64 (3, n): from the prompt's table, beyond it the index plus the prompt's delta."""
-    positions = np.tile(indices + request.prompt.position_delta, (3, 1))
-    table = request.prompt.positions
-    num_from_table = int(np.searchsorted(indices, request.num_prompt_tokens))
-    if table is not None and num_from_table:
-        positions[:, :num_from_table] = table[:, indices[:num_from_table]]
-    return positions
 
 
 def _placements(

@@ -22,9 +22,9 @@ _ROOT = b"filmstrip"
 class KVCache:
     """Block tables over a :class:`BlockPool`, with a prefix cache of full blocks.
 
-    A block's hash covers the hash before it (so, everything before it), its token ids, and for each media segment that
-    overlaps it what the segment is and where it begins. Placeholder ids alone never identify content. Positions need not be
-    hashed: they follow from the tokens and from the segments' grids, and the grid is part of a media hash.
+    A block's hash covers the hash before it (so, everything before it), its token ids, for each media segment that overlaps
+    it what the segment is and where it begins, and M-RoPE positions. Placeholder ids alone never identify content; nor do
+    pixels the positions: the same frames, said to be taken at other times, may stand at others.
 
     With ``states`` every request that holds blocks also holds a slot of recurrent state, and cached blocks are worth
     nothing beyond the last of them whose state was kept.
@@ -170,4 +170,8 @@ class KVCache:
             for segment in request.segments_between(start, end):
                 name, number = segment.key
                 digest.update(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
+            if request.prompt.positions is not None:
+                positions = request.positions_between(start, end)
+                if (positions != np.arange(start, end)).any():  # else they are those of a prompt without a table
+                    digest.update(positions.tobytes())
             request.block_hashes.append(digest.digest())

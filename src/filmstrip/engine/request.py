@@ -6,6 +6,8 @@ import bisect
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from filmstrip.types import FinishReason, MediaFeature, PlaceholderRange, ProcessedPrompt, SamplingParams
 
 
@@ -73,6 +75,15 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose K and V are not in the cache yet; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def positions_between(self, start: int, end: int) -> np.ndarray:
+        """int64 (3, end - start): from the prompt's table; beyond it, and without one, the index plus the prompt's delta."""
+        positions = np.tile(np.arange(start, end) + self.prompt.position_delta, (3, 1))
+        table = self.prompt.positions
+        num_from_table = min(end, self.num_prompt_tokens) - start
+        if table is not None and num_from_table > 0:
+            positions[:, :num_from_table] = table[:, start : start + num_from_table]
+        return positions
 
     def segments_between(self, start: int, end: int) -> list[Segment]:
         """Media segments that overlap tokens ``start`` to ``end``, in order."""

@@ -1,4 +1,4 @@
-"""Patches in, embeddings out; packed tokens in, logits out, for Qwen3-VL dense and MoE; knows no pixels and no prompts.
+"""Patches in, embeddings out; packed tokens in, logits out, for Qwen-VL models; knows no pixels and no prompts.
 
 The modules are Transformers' own. Three things are ours: attention over paged K and V, the patch embedding as a matrix
 product, and media rows put into the packed batch by range, so that an id in a prompt never decides what is a picture.
@@ -19,6 +19,7 @@ from filmstrip.models.batch import Batch, EmbeddingPlacement
 from filmstrip.models.checkpoint import Checkpoint
 from filmstrip.models.devices import make_attention
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.models.text import check_supported
 from filmstrip.types import Normalization
 
 MAX_PATCHES_PER_FORWARD = 8192
@@ -46,18 +47,20 @@ class QwenVLModel:
             attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
         )
         text_config = module.config.text_config
+        check_supported(text_config, checkpoint.architecture)
         shape = AttentionShape(
             num_layers=text_config.num_hidden_layers,
             num_query_heads=text_config.num_attention_heads,
             num_kv_heads=text_config.num_key_value_heads,
-            head_dim=text_config.head_dim,
+            head_dim=getattr(text_config, "head_dim", None)
+            or text_config.hidden_size // text_config.num_attention_heads,
         )
         attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
         info = ModelInfo(
             vocab_size=text_config.vocab_size,
             hidden_size=text_config.hidden_size,
             max_position_embeddings=text_config.max_position_embeddings,
-            num_embedding_rows=1 + len(module.config.vision_config.deepstack_visual_indexes),
+            num_embedding_rows=1 + len(getattr(module.config.vision_config, "deepstack_visual_indexes", ())),
             block_size=attention.block_size,
             kv_bytes_per_token=attention.kv_bytes_per_token,
             device=checkpoint.device,
@@ -94,7 +97,7 @@ class QwenVLModel:
         result, start = [], 0
         for piece in pieces:
             grid_t, grid_h, grid_w = piece.grid_thw
-            num_rows = grid_t * grid_h * grid_w // self._visual.spatial_merge_unit // piece.num_segments
+            num_rows = grid_t * grid_h * grid_w // self._visual.spatial_merge_size**2 // piece.num_segments
             starts = range(start, start + num_rows * piece.num_segments, num_rows)
             result.append([torch.stack([level[row : row + num_rows] for level in levels], dim=1) for row in starts])
             start += num_rows * piece.num_segments

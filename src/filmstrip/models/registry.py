@@ -10,9 +10,12 @@ from typing import Any
 from filmstrip.errors import ModelLoadError
 
 _MODEL_CLASSES = {
+    "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
     "LlamaForCausalLM": "filmstrip.models.text:TextModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
+    "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
+    "Qwen2_5_VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen3ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen3MoeForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen3NextForCausalLM": "filmstrip.models.qwen3_5:Qwen3NextModel",

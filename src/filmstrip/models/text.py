@@ -35,7 +35,7 @@ class TextModel:
         module_class = getattr(transformers, checkpoint.architecture)
         module = checkpoint.load_module(module_class, attn_implementation=ATTENTION_NAME)
         config = module.config
-        _check_supported(config, checkpoint.architecture)
+        check_supported(config, checkpoint.architecture)
         shape = AttentionShape(
             num_layers=config.num_hidden_layers,
             num_query_heads=config.num_attention_heads,
@@ -83,7 +83,8 @@ class TextModel:
         return {"paged_step": self._attention.begin(batch)}
 
 
-def _check_supported(config: Any, architecture: str) -> None:
+def check_supported(config: Any, architecture: str) -> None:
+    """Raise :class:`ModelLoadError` if a text model with this Transformers ``config`` would be computed wrongly."""
     window = getattr(config, "sliding_window", None)
     if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",)):
         raise ModelLoadError(

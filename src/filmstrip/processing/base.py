@@ -22,11 +22,15 @@ from filmstrip.types import (
 
 @dataclass(frozen=True)
 class PlannedMedia:
-    """One media item between planning and decoding; ``timestamps`` are seconds, one per frame of the plan."""
+    """One media item between planning and decoding; ``timestamps`` are seconds, one per frame of the plan.
+
+    ``seconds_per_frame`` is a video's: the length of what is shown over the number of frames that show it.
+    """
 
     modality: Modality
     plan: FramePlan
     timestamps: tuple[float, ...]
+    seconds_per_frame: float = 0.0
 
 
 class Processor(Protocol):

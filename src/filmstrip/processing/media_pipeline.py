@@ -180,7 +180,8 @@ class MediaPipeline:
         except MediaError as error:
             error.param = error.param or item.param
             raise
-        return PlannedMedia(Modality.VIDEO, plan, _timestamps(metadata, plan.frame_indices))
+        times = _timestamps(metadata, plan.frame_indices)
+        return PlannedMedia(Modality.VIDEO, plan, times, _seconds_per_frame(metadata, item, plan))
 
     async def read(self, planned: PlannedItem) -> ProcessedMedia:
         """Pixels of a planned item, whose open file it takes over. Requests for the same pixels share one decode."""
@@ -229,7 +230,7 @@ class MediaPipeline:
         patches, frame_indices = await self.loader.read(opened, plan)
         media, notes = planned.media, []
         if isinstance(planned.metadata, VideoMetadata):
-            media = PlannedMedia(media.modality, plan, _timestamps(planned.metadata, frame_indices))
+            media = dataclasses.replace(media, timestamps=_timestamps(planned.metadata, frame_indices))
             if planned.metadata.timing_assumed:
                 notes.append("no timing was given for the frames; 2 frames per second are assumed")
             if planned.metadata.has_audio:
@@ -274,6 +275,13 @@ def _planned(
 
 def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(metadata.timestamps[list(frame_indices)].tolist())
+
+
+def _seconds_per_frame(metadata: VideoMetadata, item: MediaItem, plan: FramePlan) -> float:
+    """Frames picked by the client say when they were taken, not how long the clip was: their mean rate counts."""
+    presampled = is_presampled(item)
+    seconds = metadata.total_num_frames / metadata.fps if presampled else shown_seconds(metadata, item.sampling)
+    return seconds / len(plan.frame_indices)
 
 
 def _cache_key(fetched: FetchedMedia) -> str:

@@ -15,12 +15,16 @@ from filmstrip.types import PlaceholderRange
 
 @dataclass(frozen=True)
 class Placeholder:
-    """One media segment in the prompt: ``height * width`` tokens of ``token_id`` for item number ``item``."""
+    """One media segment in the prompt: ``height * width`` tokens of ``token_id`` for item number ``item``.
+
+    ``time`` is its place on the temporal axis, counted from where its item begins.
+    """
 
     item: int
     token_id: int
     height: int
     width: int
+    time: int = 0
 
     @property
     def length(self) -> int:
@@ -73,24 +77,35 @@ def mrope_positions(num_tokens: int, placed: Sequence[tuple[int, Placeholder]]) 
 
     Text advances all three axes (temporal, height, width) by one per token. A segment of h x w tokens has the same temporal
     position throughout, its row and column on the other axes, and the text behind it goes on ``max(h, w)`` later
-    (Qwen3-VL: every temporal group of a video is such a segment; Transformers' ``Qwen3VLModel.get_rope_index``).
+    (Qwen3-VL: every temporal group of a video is such a segment; Transformers' ``Qwen3VLModel.get_rope_index``). Segments
+    of one item with no token between them (Qwen2-VL: a whole video) begin at the same place and differ by their ``time``;
+    the text behind the last goes on as if they were one (``Qwen2_5_VLModel.get_rope_index``), be their times later or not.
 
-    Returns int32 (3, num_tokens), and the delta by which generated tokens' positions differ from their index.
+    Returns int32 (3, num_tokens), and the delta by which generated tokens' positions differ from their index: they go on
+    behind the prompt's last, as the text of a next turn would (Transformers' ``generate``).
     """
     positions = np.empty((3, num_tokens), np.int32)
     index = current = 0
-    for offset, placeholder in placed:
+    for number, (offset, placeholder) in enumerate(placed):
         positions[:, index:offset] = np.arange(current, current + offset - index)
         current += offset - index
         index = offset + placeholder.length
         rows, columns = np.divmod(np.arange(placeholder.length), placeholder.width)
-        positions[0, offset:index] = current
+        positions[0, offset:index] = current + placeholder.time
         positions[1, offset:index] = current + rows
         positions[2, offset:index] = current + columns
-        current += max(placeholder.height, placeholder.width)
+        is_continued = number + 1 < len(placed) and _is_next(placeholder, index, placed[number + 1])
+        if not is_continued:
+            current += max(placeholder.height, placeholder.width)
     positions[:, index:] = np.arange(current, current + num_tokens - index)
     current += num_tokens - index
     return positions, current - num_tokens
+
+
+def _is_next(placeholder: Placeholder, end: int, following: tuple[int, Placeholder]) -> bool:
+    """Whether the placed segment ``following`` goes on with the item of ``placeholder``, which ends at ``end``."""
+    offset, other = following
+    return offset == end and other.item == placeholder.item
 
 
 def count_prompt_tokens(pieces: Sequence[Piece], num_text_tokens: Callable[[str], int]) -> int:

@@ -6,7 +6,7 @@ them value by value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -56,6 +56,8 @@ class Qwen3VLProcessor:
     """Implements :class:`filmstrip.processing.base.Processor`."""
 
     modalities = frozenset({Modality.IMAGE, Modality.VIDEO})
+    video_defaults: Mapping[str, Any] = _VIDEO_DEFAULTS
+    """Settings of the family's video processor that a checkpoint's files leave out."""
 
     def __init__(
         self, tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
@@ -63,9 +65,10 @@ class Qwen3VLProcessor:
         """Read the checkpoint's preprocessor files; ModelLoadError if they or the control tokens do not fit."""
         model_config = files.json("config.json")
         image_file = files.processor_section("image_processor", "preprocessor_config.json")
-        video_file = files.processor_section("video_processor", "video_preprocessor_config.json")
+        # As in Transformers: without a file of their own, videos are shown by the settings for images.
+        video_file = files.processor_section("video_processor", "video_preprocessor_config.json") or image_file
         self._image = parse_vision_settings(image_file, _IMAGE_DEFAULTS, "preprocessor_config.json")
-        self._video = parse_vision_settings(video_file, _VIDEO_DEFAULTS, "video_preprocessor_config.json")
+        self._video = parse_vision_settings(video_file, self.video_defaults, "video_preprocessor_config.json")
         self._max_video_frames = media.max_video_frames
         self._image_pad = _token_id(tokenizer, model_config, "image_token_id", "<|image_pad|>")
         self._video_pad = _token_id(tokenizer, model_config, "video_token_id", "<|video_pad|>")
@@ -84,7 +87,7 @@ class Qwen3VLProcessor:
         """Frames by what was asked for, else by the checkpoint's own rule; a one-frame clip counts as two equal frames."""
         indices = self._frame_indices(metadata, sampling, presampled)
         num_frames = max(len(indices), self._video.layout.temporal_patch_size)
-        height, width = resize_video(num_frames, metadata.height, metadata.width, self._video, pixels)
+        height, width = self._frame_size(num_frames, metadata, pixels)
         return FramePlan(indices, height, width, self._video.layout)
 
     def normalization(self, modality: Modality) -> Normalization:
@@ -136,14 +139,22 @@ class Qwen3VLProcessor:
         if is_explicit(sampling):
             return sample_frame_indices(metadata, sampling, max_frames=self._max_video_frames)
         first, last = candidate_range(metadata, sampling)
-        count = last - first + 1
         low = self._video.min_frames if sampling.min_frames is None else sampling.min_frames
         high = self._video.max_frames if sampling.max_frames is None else sampling.max_frames
         if sampling.min_frames is None:
             low = min(low, high)
-        num_frames = self._video.num_frames or int(count / metadata.fps * self._video.fps)
-        num_frames = min(max(num_frames, low), high, count, self._max_video_frames)
-        return tuple((first + np.linspace(0, count - 1, max(num_frames, 1)).round().astype(int)).tolist())
+        chosen = self._default_frames(last - first + 1, metadata.fps, low, min(high, self._max_video_frames))
+        return tuple((first + chosen).tolist())
+
+    def _default_frames(self, count: int, fps: float, low: int, high: int) -> np.ndarray:
+        """The checkpoint's own choice among ``count`` frames at ``fps``: at least ``low``, at most ``high``; int (n,)."""
+        num_frames = self._video.num_frames or int(count / fps * self._video.fps)
+        num_frames = min(max(num_frames, low), high, count)
+        return np.linspace(0, count - 1, max(num_frames, 1)).round().astype(int)
+
+    def _frame_size(self, num_frames: int, metadata: VideoMetadata, pixels: PixelLimits) -> tuple[int, int]:
+        """Height and width at which ``num_frames`` frames are shown."""
+        return resize_video(num_frames, metadata.height, metadata.width, self._video, pixels)
 
     def _video_pieces(self, item: int, media: PlannedMedia) -> Iterator[Piece]:
         group = media.plan.layout.temporal_patch_size

@@ -15,9 +15,12 @@ from filmstrip.types import Modality
 
 _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
+    "InternVLForConditionalGeneration": ("filmstrip.processing.internvl", "InternVLProcessor"),
     "LlamaForCausalLM": _TEXT,
     "MistralForCausalLM": _TEXT,
     "Qwen2ForCausalLM": _TEXT,
+    "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
+    "Qwen2_5_VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen25VLProcessor"),
     "Qwen3ForCausalLM": _TEXT,
     "Qwen3MoeForCausalLM": _TEXT,
     "Qwen3NextForCausalLM": _TEXT,

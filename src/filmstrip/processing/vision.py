@@ -1,11 +1,12 @@
 """Sizes: how large an image or a video frame is shown to a Qwen-style vision tower; pure arithmetic.
 
-The formulas are those of Transformers' ``Qwen2VLImageProcessor`` and ``Qwen3VLVideoProcessor`` (``smart_resize``), kept
-exactly, rounding included: Python's ``round`` takes halves to the even neighbour.
+The formulas are those of Transformers' ``Qwen2VLImageProcessor``, ``Qwen2VLVideoProcessor`` and ``Qwen3VLVideoProcessor``
+(``smart_resize``), kept exactly, rounding included: Python's ``round`` takes halves to the even neighbour.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from filmstrip.types import Normalization, PatchLayout, PixelLimits
 MAX_ASPECT_RATIO = 200
 _BICUBIC = 3
 _RESCALE = 1 / 255
+_VIDEO_CONTEXT_SHARE = 0.9
+"""Part of a context that ``Qwen2VLVideoProcessor`` lets a video fill."""
 
 
 @dataclass(frozen=True)
 class VisionSettings:
     """A checkpoint's preprocessor settings for one modality.
 
-    ``min_pixels`` and ``max_pixels`` are areas in pixels: of an image, or of all frames of a video together. The last five
-    fields are for video only.
+    ``min_pixels`` and ``max_pixels`` are areas in pixels: of an image, of all frames of a video together, or (Qwen2-VL) of
+    one frame. The last five fields are for video only.
     """
 
     layout: PatchLayout
@@ -36,7 +39,7 @@ class VisionSettings:
     min_frames: int = 4
     max_frames: int = 768
     max_video_tokens: int | None = None
-    """Per-frame token ceiling (``cap_pixels_per_frame``), None where it is off."""
+    """What ``cap_pixels_per_frame`` goes by, None where it is off: a frame's tokens, or (Qwen2-VL) a context's."""
 
     @property
     def factor(self) -> int:
@@ -110,6 +113,24 @@ def resize_video(
     if pixels < min_pixels:
         return _grow(height, width, math.sqrt(min_pixels / (num_frames * height * width)), factor)
     return new_height, new_width
+
+
+def resize_video_frame(
+    num_frames: int, height: int, width: int, settings: VisionSettings, wanted: PixelLimits
+) -> tuple[int, int]:
+    """Displayed (height, width) of one of ``num_frames`` frames, where the settings' limits are those of one frame.
+
+    ``wanted`` counts the pixels of all frames, as for every family; each frame gets an even share of it.
+    """
+    factor, temporal = settings.factor, settings.layout.temporal_patch_size
+    if settings.max_video_tokens is not None:
+        total = int(settings.max_video_tokens * factor * factor * _VIDEO_CONTEXT_SHARE)
+        cap = max(min(settings.max_pixels, total * temporal // num_frames), int(settings.min_pixels * 1.05))
+        settings = dataclasses.replace(settings, max_pixels=cap)
+    low, high = (
+        None if limit is None else max(1, limit // num_frames) for limit in (wanted.min_pixels, wanted.max_pixels)
+    )
+    return resize_image(height, width, settings, PixelLimits(low, high))
 
 
 def _shrink(height: int, width: int, beta: float, factor: int) -> tuple[int, int]:
