@@ -268,7 +268,8 @@ class MediaFeature:
 
     ``patches`` holds uint8 pixels in patch layout, (t*h*w, 3*tps*ps*ps); the model normalises them. ``segments`` has one
     range per independently encodable piece, in order: for a Qwen3-VL video one per temporal group (``grid_thw[0]`` of
-    them), for an image one. All segments of an item have the same number of patch rows.
+    them), for an image one. All segments of an item have the same number of patch rows. ``source_size`` is (height, width)
+    before resizing, which families with padded tiles need.
     """
 
     modality: Modality
@@ -277,6 +278,7 @@ class MediaFeature:
     normalization: Normalization
     media_hash: str
     segments: tuple[PlaceholderRange, ...]
+    source_size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

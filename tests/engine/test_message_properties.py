@@ -90,7 +90,7 @@ def check_equal(theirs, mine):
     assert len(theirs.features) == len(mine.features)
     for other, own in zip(theirs.features, mine.features, strict=True):
         assert np.array_equal(other.patches.array, own.patches.array)
-        for name in ("modality", "grid_thw", "normalization", "media_hash", "segments"):
+        for name in ("modality", "grid_thw", "normalization", "media_hash", "segments", "source_size"):
             assert getattr(other, name) == getattr(own, name)
 
 

@@ -37,6 +37,7 @@ class Feature(msgspec.Struct):
     std: tuple[float, float, float]
     media_hash: str
     segments: list[tuple[int, int]]
+    source_size: tuple[int, int]
 
 
 class Start(msgspec.Struct, tag="start"):
@@ -132,6 +133,7 @@ def add_request(
             feature.normalization.std,
             feature.media_hash,
             [(segment.offset, segment.length) for segment in feature.segments],
+            feature.source_size,
         )
         for feature in prompt.features
     ]
@@ -160,6 +162,7 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
                     Normalization(feature.mean, feature.std),
                     feature.media_hash,
                     segments,
+                    feature.source_size,
                 )
             )
     finally:

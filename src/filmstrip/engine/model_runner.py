@@ -96,6 +96,7 @@ def _encoder_input(run: list[Segment]) -> EncoderInput:
         grid_thw=(frames // len(feature.segments) * len(run), height, width),
         normalization=feature.normalization,
         num_segments=len(run),
+        source_size=feature.source_size,
     )
 
 

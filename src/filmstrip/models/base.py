@@ -36,7 +36,7 @@ class EncoderInput:
     """Consecutive segments of one media item, to be encoded in one go.
 
     ``patches`` is uint8 (num_segments * rows_per_segment, 3*tps*ps*ps) on the host; ``grid_thw`` is the grid of just these
-    patches.
+    patches. ``source_size`` is the item's (height, width) before resizing.
     """
 
     modality: Modality
@@ -44,6 +44,7 @@ class EncoderInput:
     grid_thw: tuple[int, int, int]
     normalization: Normalization
     num_segments: int
+    source_size: tuple[int, int] = (0, 0)
 
 
 class Model(Protocol):

@@ -191,7 +191,10 @@ class PromptBuilder:
     def _feature(self, item: ProcessedMedia, segments: tuple[PlaceholderRange, ...]) -> MediaFeature:
         modality, plan = item.media.modality, item.media.plan
         normalization = self._processor.normalization(modality)
-        return MediaFeature(modality, item.patches, plan.grid_thw, normalization, item.media_hash, segments)
+        source_size = (item.metadata.height, item.metadata.width)
+        return MediaFeature(
+            modality, item.patches, plan.grid_thw, normalization, item.media_hash, segments, source_size
+        )
 
     def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:
         return assemble(self._processor.expand(pieces, media), self.tokenizer.encode_text)
