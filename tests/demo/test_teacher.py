@@ -153,12 +153,13 @@ def test_history_can_be_read_from_features_that_hold_it() -> None:
 def test_stories_are_of_the_whole_clip_and_can_be_read_from_features_that_hold_them() -> None:
     torch.manual_seed(0)
     _, view = _history_scene()
-    things = [(thing, view) for thing in view.shapes]
+    things = [(thing, view, 1) for thing in view.shapes]
     stories = Stories.of(things)
-    for (thing, _), times, looks, way in zip(things, stories.times, stories.looks, stories.ways, strict=True):
+    for (thing, *_), times, looks, way in zip(things, stories.times, stories.looks, stories.ways, strict=True):
         wanted = [view.appears(thing), view.vanishes(thing), view.changes(thing)]
         assert times.tolist() == [250 if label is None else round(float(label) * 10) for label in wanted]
         assert [_COLOURS[looks[0]], _SHAPES[looks[1]]] == [thing.colour, thing.shape]
+        assert looks[3] == 1
         assert (looks[2] > 0) == (view.changes(thing) is not None)
         shown = view.shown_times(thing)
         (x, y, size), (end_x, end_y, end_size) = thing.place(shown[0]), thing.place(shown[-1])

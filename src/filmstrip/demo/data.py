@@ -150,9 +150,9 @@ class Watcher:
         tokens += [self._end, *self.encode("\n"), self._start, *self.encode("assistant\n")]
         answer = [*self.encode(question.answer), self._end]
         if question.listed:
-            stops = [place for place, token in enumerate(answer) if (token,) == self.encode(".")]
-            before = [len(tokens) - 1, *(len(tokens) + place for place in stops[:-1])]
-            things += zip(before, question.listed, strict=True)
+            stop = self.encode("." if "." in question.answer else ",")  # digits are listed with commas
+            before = [-1, *(place for place, token in enumerate(answer) if (token,) == stop)]
+            things += [(len(tokens) + before[place], thing) for place, thing in enumerate(question.listed)]
         return Turn(tokens + answer, [False] * len(tokens) + [True] * len(answer), things)
 
 

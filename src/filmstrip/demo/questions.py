@@ -206,7 +206,7 @@ def ask_of_picture(picture: Scene, view: View | None, rng: random.Random) -> Que
         text = rng.choice(
             (f"Does {it} appear in the video?", f"Is {it} in the video, too?", f"Does the video show {it}?")
         )
-        return Question("picture_and_video", text, "Yes" if same is not None else "No")
+        return Question("picture_and_video", text, "No" if same is None else "Yes", thing=same)
     if roll < 0.7:
         question = _direction(view, rng, same, it)
     else:
@@ -325,7 +325,8 @@ def _exists(view: View, rng: random.Random) -> Question | None:
         return None
     noun = a(f"{colour} {shape}")
     text = rng.choice((f"Is there {noun}?", f"Does the video show {noun}?", f"Can you see {noun} in the video?"))
-    return Question("exists", text, "Yes" if (colour, shape) in first_colours else "No")
+    found = next((thing for thing in view.shapes if (thing.colour, thing.shape) == (colour, shape)), None)
+    return Question("exists", text, "No" if found is None else "Yes", thing=found)
 
 
 def _digit(view: View, rng: random.Random) -> Question | None:
@@ -343,7 +344,7 @@ def _digit(view: View, rng: random.Random) -> Question | None:
             "Read the digit.",
         )
     )
-    return Question("digit", text, names)
+    return Question("digit", text, names, listed=tuple(view.digits))
 
 
 def _digit_at(view: View, rng: random.Random) -> Question | None:
@@ -353,6 +354,7 @@ def _digit_at(view: View, rng: random.Random) -> Question | None:
     shown = {_digit_shown(view, t) for group in view.near(float(seconds)) for t in group}
     if len(shown) != 1:
         return None
+    (thing,) = shown
     text = rng.choice(
         (
             f"Which digit is shown at {seconds} seconds?",
@@ -360,11 +362,11 @@ def _digit_at(view: View, rng: random.Random) -> Question | None:
             f"Which number is there at {seconds} seconds?",
         )
     )
-    return Question("digit_at", text, shown.pop())
+    return Question("digit_at", text, "None" if thing is None else thing.shape, thing=thing)
 
 
-def _digit_shown(view: View, seconds: float) -> str:
-    return next((thing.shape for thing in view.digits if thing.is_shown(seconds)), "None")
+def _digit_shown(view: View, seconds: float) -> Thing | None:
+    return next((thing for thing in view.digits if thing.is_shown(seconds)), None)
 
 
 def _digit_when(view: View, rng: random.Random) -> Question | None:
@@ -532,14 +534,17 @@ def _some_time(view: View, rng: random.Random, low: float, high: float) -> str:
     return f"{rng.uniform(low, high):.1f}"
 
 
-def _which(views: tuple[View, View], text: str, shows: Callable[[View], bool]) -> Question:
+def _which(views: tuple[View, View], text: str, is_meant: Callable[[Thing], bool]) -> Question:
     answers = {
         (True, False): "The first video",
         (False, True): "The second video",
         (True, True): "Both videos",
         (False, False): "Neither video",
     }
-    return Question("compare", text, answers[shows(views[0]), shows(views[1])])
+    found = [[thing for thing in view.things if is_meant(thing)] for view in views]
+    things = [*found[0], *found[1]]
+    answer = answers[bool(found[0]), bool(found[1])]
+    return Question("compare", text, answer, thing=things[0] if len(things) == 1 else None)
 
 
 def _which_shows(views: tuple[View, View], rng: random.Random) -> Question | None:
@@ -556,7 +561,7 @@ def _which_shows(views: tuple[View, View], rng: random.Random) -> Question | Non
     text = rng.choice(
         (f"Which video shows {noun}?", f"In which video is there {noun}?", f"Which of the two videos has {noun}?")
     )
-    return _which(views, text, lambda view: any((t.colour, t.shape) == (colour, shape) for t in view.shapes))
+    return _which(views, text, lambda other: (other.colour, other.shape) == (colour, shape))
 
 
 def _which_moves(views: tuple[View, View], rng: random.Random) -> Question | None:
@@ -566,7 +571,7 @@ def _which_moves(views: tuple[View, View], rng: random.Random) -> Question | Non
     motion = rng.choice([thing.motion for thing in shapes])
     does = {"still": "stay still", "grow": "grow", "shrink": "shrink"}.get(motion, f"move {motion}")
     text = rng.choice((f"In which video does a shape {does}?", f"In which of the videos does something {does}?"))
-    return _which(views, text, lambda view: any(thing.motion == motion for thing in view.shapes))
+    return _which(views, text, lambda thing: not thing.is_digit and thing.motion == motion)
 
 
 def _which_digit(views: tuple[View, View], rng: random.Random) -> Question | None:
@@ -575,7 +580,7 @@ def _which_digit(views: tuple[View, View], rng: random.Random) -> Question | Non
         return None
     digit = rng.choice(digits) if rng.random() < 0.85 else rng.choice(DIGITS)
     text = rng.choice((f"Which video shows the digit {digit}?", f"In which video can you see the digit {digit}?"))
-    return _which(views, text, lambda view: any(thing.shape == digit for thing in view.digits))
+    return _which(views, text, lambda thing: thing.shape == digit)
 
 
 def _which_is_longer(views: tuple[View, View], rng: random.Random) -> Question | None:

@@ -37,7 +37,7 @@ _HISTORY_SIZES = {
 }
 _NOT_ASKED = -100
 _NEVER = _NUM_TENTHS
-_STORY_SIZES = (*[_NUM_TENTHS + 1] * 3, len(_COLOURS), len(_SHAPES), len(_COLOURS), 7)
+_STORY_SIZES = (*[_NUM_TENTHS + 1] * 3, len(_COLOURS), len(_SHAPES), len(_COLOURS), _NUM_MEDIA, 7)
 _CELL_ARRAYS = ("colours", "shapes", "shown", "places", "spots", "extents")
 
 
@@ -146,7 +146,7 @@ class Stories:
     """All that a clip tells of the things that questions are about, one row for each; class numbers as in :class:`History`.
 
     ``times`` (num_things, 3) are tenths of a second of the groups in which it appears, vanishes and changes its colour;
-    ``looks`` (num_things, 3) its first colour, its shape and its later colour, 0 for none; ``ways`` (num_things, 7) where
+    ``looks`` (num_things, 4) its first colour, its shape, its later colour, 0 for none, and its video's number; ``ways`` (num_things, 7) where
     it is at first and at last, how far it came in between, and the logarithm of how many times larger it became.
     """
 
@@ -155,23 +155,22 @@ class Stories:
     ways: np.ndarray
 
     @staticmethod
-    def of(things: list[tuple[Thing, View]]) -> Stories:
-        """Of things and the videos that they are seen in."""
-        times = [
-            [_NEVER if label is None else _tenths(label) for label in (v.appears(t), v.vanishes(t), v.changes(t))]
-            for t, v in things
-        ]
+    def of(things: list[tuple[Thing, View, int]]) -> Stories:
+        """Of things, the videos that they are seen in, and those videos' numbers from 0."""
+        labels = [(view.appears(thing), view.vanishes(thing), view.changes(thing)) for thing, view, _ in things]
+        times = [[_NEVER if label is None else _tenths(label) for label in row] for row in labels]
         looks = [
             (
                 _COLOURS.index(thing.colour),
                 _SHAPES.index(thing.shape),
                 _COLOURS.index(thing.later_colour) if thing.later_colour and view.changes(thing) else 0,
+                min(number, _NUM_MEDIA - 1),
             )
-            for thing, view in things
+            for thing, view, number in things
         ]
-        ways = [_way(thing, view) for thing, view in things]
+        ways = [_way(thing, view) for thing, view, _ in things]
         return Stories(
-            np.array(times, int).reshape(-1, 3), np.array(looks, int).reshape(-1, 3), np.array(ways).reshape(-1, 7)
+            np.array(times, int).reshape(-1, 3), np.array(looks, int).reshape(-1, 4), np.array(ways).reshape(-1, 7)
         )
 
     @staticmethod
@@ -351,7 +350,7 @@ class StoryTeacher(nn.Module):
         parts = self.read(self.norm(features.float())).split(_STORY_SIZES, -1)
         times, looks = torch.from_numpy(stories.times), torch.from_numpy(stories.looks)
         loss = parts[-1].sum() * 0.0
-        for logits, wanted in zip(parts[:6], (*times.unbind(-1), *looks.unbind(-1)), strict=True):
+        for logits, wanted in zip(parts[:-1], (*times.unbind(-1), *looks.unbind(-1)), strict=True):
             loss = loss + _class_loss(logits, wanted)
         if not len(looks):
             return loss, {}

@@ -196,13 +196,13 @@ def _packed(
     start = int(positions[0].max()) + 1
     kinds: list[tuple[str, int]] = []
     asked: list[int] = []
-    things: list[tuple[Thing, View]] = []
+    things: list[tuple[Thing, View, int]] = []
     for number, chain in enumerate(chains, 1):
         length = 0
         for place, question in enumerate(chain):
             turn = watcher.turn(question, first=place == 0)
             asked += [len(tokens) + at for at, _ in turn.things]
-            things += [(thing, _view_of(thing, shown)) for _, thing in turn.things]
+            things += [(thing, *_home_of(thing, shown)) for _, thing in turn.things]
             tokens += turn.tokens
             is_answer += turn.is_answer
             length += len(turn.tokens)
@@ -217,9 +217,12 @@ def _packed(
     )
 
 
-def _view_of(thing: Thing, shown: list[Shown]) -> View:
+def _home_of(thing: Thing, shown: list[Shown]) -> tuple[View, int]:
+    """The video that shows ``thing``, and its number."""
     views = [each.view() for each in shown if each.kind == "video"]
-    return next(view for view in views if any(thing is other for other in view.scene.things))
+    return next(
+        (view, number) for number, view in enumerate(views) if any(thing is other for other in view.scene.things)
+    )
 
 
 def _cells(watcher: Watcher, shown: list[Shown]) -> list[Cells]:
