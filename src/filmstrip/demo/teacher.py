@@ -146,8 +146,9 @@ class Stories:
     """All that a clip tells of the things that questions are about, one row for each; class numbers as in :class:`History`.
 
     ``times`` (num_things, 3) are tenths of a second of the groups in which it appears, vanishes and changes its colour;
-    ``looks`` (num_things, 4) its first colour, its shape, its later colour, 0 for none, and its video's number; ``ways`` (num_things, 7) where
-    it is at first and at last, how far it came in between, and the logarithm of how many times larger it became.
+    ``looks`` (num_things, 4) its first colour, its shape, its later colour, 0 for none, and its video's number; ``ways``
+    (num_things, 7) where it is at first and at last, how far it came in between, and the logarithm of how many times larger
+    it became.
     """
 
     times: np.ndarray
