@@ -62,7 +62,7 @@ def make_qwen2_vl(path: Path, *, seed: int = 1) -> str:
     return str(path)
 
 
-def make_qwen2_5_vl(path: Path, *, seed: int = 0) -> str:
+def make_qwen2_5_vl(path: Path, *, seed: int = 0, tie_word_embeddings: bool = False) -> str:
     """Write a random Qwen2.5-VL checkpoint into ``path``, in the form of the published ones.
 
     Its config is flat and nothing is said of how videos are shown.
@@ -70,7 +70,7 @@ def make_qwen2_5_vl(path: Path, *, seed: int = 0) -> str:
     tokenizer = build_tokenizer()
     ids = _token_ids(tokenizer)
     fields: dict[str, Any] = {"text_config": _text(tokenizer), "vision_config": _VISION_25} | ids
-    config = Qwen2_5_VLConfig(**fields)
+    config = Qwen2_5_VLConfig(**fields, tie_word_embeddings=tie_word_embeddings)
     _save(path, Qwen2_5_VLForConditionalGeneration(config), tokenizer, seed)
     text = _text(tokenizer)
     rope = text.pop("rope_parameters")
@@ -78,7 +78,7 @@ def make_qwen2_5_vl(path: Path, *, seed: int = 0) -> str:
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "torch_dtype": "float32",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tie_word_embeddings,
         "use_sliding_window": False,
         "sliding_window": 32768,
         "max_window_layers": 4,

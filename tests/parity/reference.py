@@ -20,8 +20,11 @@ _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers.image_utils import SizeDict  # noqa: E402
 from transformers.models.qwen2_vl import image_processing_qwen2_vl as image_reference  # noqa: E402
+from transformers.models.qwen2_vl import video_processing_qwen2_vl as frame_reference  # noqa: E402
 from transformers.models.qwen3_vl import video_processing_qwen3_vl as video_reference  # noqa: E402
+from transformers.video_processing_utils import BaseVideoProcessor  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
 
@@ -95,19 +98,40 @@ def or_refused(function, *args, **kwargs) -> tuple[int, int]:
         return 0, 0
 
 
+class SizeOfFrames(BaseVideoProcessor):
+    """Answers with the size to which frames would be resized."""
+
+    def resize(self, image, size, **kwargs) -> tuple[int, int]:
+        return size.height, size.width
+
+
+class SizesOnly(frame_reference.Qwen2VLVideoProcessor, SizeOfFrames):
+    """Qwen2-VL's processor, whose resizing ends where the size is known."""
+
+
 def run_arithmetic(arrays) -> dict[str, np.ndarray]:
-    """``smart_resize`` of both processors and the frame counts of the default sampling rule."""
+    """``smart_resize`` of the processors and the frames of the default sampling rules of Qwen3-VL and Qwen2-VL."""
     processor = video_reference.Qwen3VLVideoProcessor()
+    other = SizesOnly()
     images, videos, indices = [], [], []
+    frames, capped_frames, other_indices = [], [], []
     for n, height, width, low, high in arrays["sizes"].tolist():
         limits = {"factor": 32, "min_pixels": low, "max_pixels": high}
         images.append(or_refused(image_reference.smart_resize, height, width, **limits))
         videos.append(or_refused(video_reference.smart_resize, n, height, width, temporal_factor=2, **limits))
+        shape = (torch.empty(1, n, 3, height, width, device="meta"), SizeDict(shortest_edge=low, longest_edge=high))
+        frames.append(or_refused(other.resize, *shape, None, 28, cap_pixels_per_frame=False))
+        capped_frames.append(or_refused(other.resize, *shape, None, 28, cap_pixels_per_frame=True))
     for total, fps in arrays["lengths"].tolist():
         metadata = VideoMetadata(total_num_frames=int(total), fps=fps)
         chosen = processor.sample_frames(metadata, fps=2)
         indices.append(np.pad(chosen, (0, 768 - len(chosen)), constant_values=-1))
-    return {"images": np.array(images), "videos": np.array(videos), "indices": np.array(indices)}
+        chosen = other.sample_frames(metadata, fps=2).numpy()
+        chosen = chosen[chosen < total]  # rounding may make it count one beyond the end
+        other_indices.append(np.pad(chosen, (0, 768 - len(chosen)), constant_values=-1))
+    sizes = {"images": images, "videos": videos, "frames": frames, "capped_frames": capped_frames}
+    values = sizes | {"indices": indices, "other_indices": other_indices}
+    return {name: np.array(value) for name, value in values.items()}
 
 
 def main(folder: Path) -> None:

@@ -6,10 +6,12 @@ import pytest
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import MediaError
 from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.qwen2_vl import Qwen2VLProcessor
 from filmstrip.processing.qwen3_vl import Qwen3VLProcessor
 from filmstrip.processing.tokenizer import Tokenizer
-from filmstrip.processing.vision import VisionSettings, resize_image, resize_video
+from filmstrip.processing.vision import VisionSettings, resize_image, resize_video, resize_video_frame
 from filmstrip.types import FrameSampling, Normalization, PatchLayout, PixelLimits, VideoMetadata
+from tests.models.qwen2_vl import make_qwen2_vl
 from tests.parity.conftest import run_reference_program
 
 NUM_SIZES, NUM_LENGTHS = 4000, 400
@@ -45,8 +47,9 @@ def reference(inputs, tmp_path_factory):
     return dict(np.load(folder / "arithmetic.out.npz"))
 
 
-def sized(resize, low, high, *shape):
-    settings = VisionSettings(PatchLayout(16, 2, 2), Normalization((0.5,) * 3, (0.5,) * 3), low, high)
+def sized(resize, low, high, *shape, patch_size=16, max_video_tokens=None):
+    layout, normalization = PatchLayout(patch_size, 2, 2), Normalization((0.5,) * 3, (0.5,) * 3)
+    settings = VisionSettings(layout, normalization, low, high, max_video_tokens=max_video_tokens)
     try:
         return resize(*shape, settings, PixelLimits())
     except MediaError:
@@ -64,11 +67,34 @@ def test_video_sizes(inputs, reference):
     np.testing.assert_array_equal(ours, reference["videos"])
 
 
+@pytest.mark.parametrize(("name", "max_video_tokens"), [("frames", None), ("capped_frames", 128_000)])
+def test_sizes_of_frames(inputs, reference, name, max_video_tokens):
+    """Qwen2-VL's limits are those of one frame."""
+    ours = [
+        sized(resize_video_frame, low, high, n, h, w, patch_size=14, max_video_tokens=max_video_tokens)
+        for n, h, w, low, high in inputs["sizes"].tolist()
+    ]
+    np.testing.assert_array_equal(ours, reference[name])
+    assert (reference["frames"] != reference["capped_frames"]).any()
+
+
 def test_default_frames(inputs, reference, qwen3_vl_dir):
     processor = Qwen3VLProcessor(
         Tokenizer(qwen3_vl_dir), CheckpointFiles(qwen3_vl_dir), ProcessorConfig(), MediaConfig(max_video_frames=10_000)
     )
-    for (total, fps), expected in zip(inputs["lengths"].tolist(), reference["indices"], strict=True):
+    check_frames(processor, inputs["lengths"], reference["indices"])
+
+
+def test_default_frames_of_qwen2_vl(inputs, reference, tmp_path):
+    path = make_qwen2_vl(tmp_path)
+    processor = Qwen2VLProcessor(
+        Tokenizer(path), CheckpointFiles(path), ProcessorConfig(), MediaConfig(max_video_frames=10_000)
+    )
+    check_frames(processor, inputs["lengths"], reference["other_indices"])
+
+
+def check_frames(processor, lengths, indices):
+    for (total, fps), expected in zip(lengths.tolist(), indices, strict=True):
         total = int(total)
         metadata = VideoMetadata(total, fps, total / fps, 64, 64, np.arange(total) / fps, "test")
         plan = processor.plan_video(metadata, FrameSampling(), PixelLimits(), presampled=False)
