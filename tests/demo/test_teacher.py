@@ -5,7 +5,7 @@ import torch
 
 from filmstrip.demo.questions import View
 from filmstrip.demo.scenes import COLOURS, SHAPES, Painter, Scene, make_scene
-from filmstrip.demo.teacher import Cells, HistoryTeacher, Stories, StoryTeacher, Teacher, cells_of
+from filmstrip.demo.teacher import Cells, ClockTeacher, HistoryTeacher, Stories, StoryTeacher, Teacher, cells_of
 
 _COLOURS = ("none", *COLOURS)
 _SHAPES = ("none", *SHAPES, *"0123456789")
@@ -180,5 +180,25 @@ def test_stories_are_of_the_whole_clip_and_can_be_read_from_features_that_hold_t
     assert found["finds_colour"] == found["finds_shape"] == found["finds_start"] == 1
     assert teacher(features.flip(0), stories)[0] > 5 * losses[-1]
     nothing, found = teacher(torch.zeros(0, 16), Stories.of([]))
+    assert nothing == 0
+    assert found == {}
+
+
+def test_the_clock_reads_the_label_that_features_hold() -> None:
+    torch.manual_seed(0)
+    teacher = ClockTeacher(8)
+    features, labels = torch.randn(3, 8), ["0.2", "24.9", "3.1"]
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)
+    found = {}
+    for _ in range(60):
+        loss, found = teacher(features, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert found == {"knows_moment": 1.0}
+    assert teacher(features, labels[::-1])[1]["knows_moment"] < 1
+    # A time that has no token of its own is not asked for.
+    assert teacher(features[:1], ["31.0"])[0] == 0
+    nothing, found = teacher(features[:0], [])
     assert nothing == 0
     assert found == {}

@@ -37,6 +37,8 @@ class Question:
     """What it is about, for questions that follow."""
     listed: tuple[Thing, ...] = ()
     """What the answer's sentences are about, one after the other."""
+    moment: str | None = None
+    """Of the times that the prompt shows, the nearest to the one asked about."""
 
 
 class View:
@@ -95,6 +97,11 @@ class View:
             for group, label in zip(self.groups, self.labels, strict=True)
             if any(t >= thing.changes_seconds for t in group)
         )
+
+    def nearest_label(self, seconds: float) -> str:
+        """Label of the group whose frames lie nearest to a time."""
+        middles = [(group[0] + group[-1]) / 2 for group in self.groups]
+        return self.labels[min(range(len(middles)), key=lambda number: abs(middles[number] - seconds))]
 
     def near(self, seconds: float) -> list[list[float]]:
         """The groups that a question about ``seconds`` may mean: all whose times lie about as near as the nearest."""
@@ -362,7 +369,8 @@ def _digit_at(view: View, rng: random.Random) -> Question | None:
             f"Which number is there at {seconds} seconds?",
         )
     )
-    return Question("digit_at", text, "None" if thing is None else thing.shape, thing=thing)
+    moment = view.nearest_label(float(seconds))
+    return Question("digit_at", text, "None" if thing is None else thing.shape, thing=thing, moment=moment)
 
 
 def _digit_shown(view: View, seconds: float) -> Thing | None:
@@ -505,7 +513,8 @@ def _where_at(view: View, rng: random.Random, thing: Thing, ref: str) -> Questio
             f"Where in the picture is {ref} at {seconds} seconds?",
         )
     )
-    return Question("where_at", text, capitalized(places.pop() or ""), thing=thing)
+    moment = view.nearest_label(float(seconds))
+    return Question("where_at", text, capitalized(places.pop() or ""), thing=thing, moment=moment)
 
 
 def _where_starts(view: View, rng: random.Random, thing: Thing, ref: str) -> Question | None:

@@ -366,6 +366,22 @@ class StoryTeacher(nn.Module):
         return loss + 8 * off, seen
 
 
+class ClockTeacher(nn.Module):
+    """Reads from the last token of a question about a time which of the times in the prompt is meant."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_features)
+        self.read = nn.Linear(num_features, _NUM_TENTHS)
+
+    def forward(self, features: torch.Tensor, labels: list[str]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss, and how much is read right; ``features`` are (num_labels, num_features)."""
+        wanted = torch.tensor([_tenths(label) for label in labels]).long()
+        logits = self.read(self.norm(features.float()))
+        loss = _class_loss(logits, wanted)
+        return loss, {"knows_moment": float((logits.argmax(-1) == wanted).float().mean())} if labels else {}
+
+
 def _class_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     if not bool((wanted >= 0).any()):
         return logits.sum() * 0.0

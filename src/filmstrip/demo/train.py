@@ -57,6 +57,7 @@ from filmstrip.demo.recipe import TIMES, make_model, write_checkpoint
 from filmstrip.demo.scenes import Thing
 from filmstrip.demo.teacher import (
     Cells,
+    ClockTeacher,
     FactEmbedding,
     HistoryTeacher,
     Stories,
@@ -84,7 +85,8 @@ _QUERY_KEY_SCALE = 1.5
 _LOG_PERIODS = (-0.5, 2.0)
 """Of the waves that times start as: 0.3 to 100 seconds."""
 _HISTORY_LAYERS = (1, 3)
-"""Behind which layers of the text model its visual tokens are asked what earlier groups tell."""
+"""Behind which layers of the text model its visual tokens are asked what earlier groups tell; behind the first, questions
+which time they mean."""
 _STORY_LAYER = 4
 """Behind which the places that must know a thing are asked for its story."""
 _MUON_SCALE = 3.0
@@ -122,6 +124,8 @@ class Sample(Seen):
     asked: list[int]
     """Places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
+    moments: list[tuple[int, str]]
+    """Places where a time that was asked about must be known, and the label that is nearest to it."""
     shows_facts: bool = False
 
 
@@ -149,6 +153,8 @@ class Batch(Glimpses):
     asked: torch.Tensor
     """Flat places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
+    moments: list[tuple[int, str]]
+    """Flat places where a time that was asked about must be known, and the label that is nearest to it."""
     shows_facts: bool
 
 
@@ -182,6 +188,7 @@ def pack_facts(
     sample.places = (np.cumsum(keep) - 1)[sample.places[is_kept]]
     sample.all_cells = cells.keep(is_kept)
     sample.asked = (np.cumsum(keep) - 1)[sample.asked].tolist()
+    sample.moments = [(int(keep[:place].sum()), label) for place, label in sample.moments]
     sample.shows_facts = True
     return sample
 
@@ -196,6 +203,7 @@ def _packed(
     start = int(positions[0].max()) + 1
     kinds: list[tuple[str, int]] = []
     asked: list[int] = []
+    moments: list[tuple[int, str]] = []
     things: list[tuple[Thing, View, int]] = []
     for number, chain in enumerate(chains, 1):
         length = 0
@@ -203,6 +211,7 @@ def _packed(
             turn = watcher.turn(question, first=place == 0)
             asked += [len(tokens) + at for at, _ in turn.things]
             things += [(thing, *_home_of(thing, shown)) for _, thing in turn.things]
+            moments += [(len(tokens) + turn.moment[0], turn.moment[1])] if turn.moment is not None else []
             tokens += turn.tokens
             is_answer += turn.is_answer
             length += len(turn.tokens)
@@ -213,7 +222,17 @@ def _packed(
     places = np.flatnonzero(np.isin(tokens, watcher.visual_tokens))
     seen: tuple[dict, dict] = (defaultdict(list), defaultdict(list))
     return Sample(
-        *seen, tokens, all_positions, segments, is_answer, kinds, places, Cells.join(cells), asked, Stories.of(things)
+        *seen,
+        tokens,
+        all_positions,
+        segments,
+        is_answer,
+        kinds,
+        places,
+        Cells.join(cells),
+        asked,
+        Stories.of(things),
+        moments,
     )
 
 
@@ -283,7 +302,9 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
         *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
         *(places, Cells.join([sample.all_cells for sample in samples])),
         torch.tensor([row * length + place for row, sample in enumerate(samples) for place in sample.asked]).long(),
-        *(Stories.join([sample.stories for sample in samples]), samples[0].shows_facts),
+        Stories.join([sample.stories for sample in samples]),
+        [(row * length + place, label) for row, sample in enumerate(samples) for place, label in sample.moments],
+        samples[0].shows_facts,
     )
 
 
@@ -561,6 +582,7 @@ class State:
     embedding: FactEmbedding
     history: HistoryTeacher
     story: StoryTeacher
+    clock: ClockTeacher
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     draw: int = 0
@@ -656,12 +678,13 @@ class Trainer:
         teacher = Teacher(model.lm_head.in_features)
         embedding = FactEmbedding(model.lm_head.in_features)
         history, story = HistoryTeacher(model.lm_head.in_features), StoryTeacher(model.lm_head.in_features)
+        clock = ClockTeacher(model.lm_head.in_features)
         model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
         for place in (*_HISTORY_LAYERS, _STORY_LAYER):
             layer = model.model.language_model.layers[place]
             layer.register_forward_hook(lambda _, __, states: self._recalled.append(states))
-        optimizers = _optimizers(model, teacher, embedding, history, story)
-        state = State(model, average, teacher, embedding, history, story, optimizers)
+        optimizers = _optimizers(model, teacher, embedding, history, story, clock)
+        state = State(model, average, teacher, embedding, history, story, clock, optimizers)
         path = self._work / "state.pt"
         if path.exists():
             saved = torch.load(path, weights_only=True)
@@ -671,6 +694,7 @@ class Trainer:
             embedding.load_state_dict(saved["embedding"])
             history.load_state_dict(saved["history"])
             story.load_state_dict(saved["story"])
+            clock.load_state_dict(saved["clock"])
             for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             state.step, state.draw = saved["step"], saved["draw"]
@@ -698,6 +722,7 @@ class Trainer:
                 "embedding": state.embedding.state_dict(),
                 "history": state.history.state_dict(),
                 "story": state.story.state_dict(),
+                "clock": state.clock.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
                 "step": state.step,
                 "draw": state.draw,
@@ -732,8 +757,11 @@ class Trainer:
             early, late, last = (self._states_of(states).flatten(0, 1) for states in self._recalled)
             behind, known = state.history(early[batch.places], late[batch.places], batch.all_cells.history)
             aside, found = state.story(last[batch.asked], batch.stories)
-            scores.see({**known, **found})
-            loss = loss + self._arguments.history_weight * behind + self._arguments.story_weight * aside
+            meant, told = state.clock(
+                early[[place for place, _ in batch.moments]], [label for _, label in batch.moments]
+            )
+            scores.see({**known, **found, **told})
+            loss = loss + self._arguments.history_weight * (behind + meant) + self._arguments.story_weight * aside
         if batch.pixels:
             weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
             loss = loss + weight * self._taught(batch, scores)
