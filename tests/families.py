@@ -47,16 +47,18 @@ def _with_vision(name: str, architecture: str, file: str, case: str, **others: s
     return Family(name, (architecture,), proofs)
 
 
-def _with_tiles(name: str, architecture: str, case: str, *, video: bool) -> Family:
+def _with_tiles(name: str, architecture: str, *cases: str, video: bool) -> Family:
     """A family of ``test_tiles.py``, whose conversations have videos if it takes them."""
-    proofs = dict.fromkeys(
-        MEDIA if video else ("text", "image"), (f"{_TILES}::test_alone[{case}]", f"{_TILES}::test_prompts[{case}]")
-    )
+
+    def tests(*names: str) -> tuple[str, ...]:
+        return tuple(f"{_TILES}::{name}".format(case) for name in names for case in cases)
+
+    proofs = dict.fromkeys(MEDIA if video else ("text", "image"), tests("test_alone[{}]", "test_prompts[{}]"))
     proofs |= {
-        "batch": (f"{_TILES}::test_in_a_batch[{case}]",),
-        "chunked": (f"{_TILES}::test_chunked[{case}-",),
-        "prefix cache": (f"{_TILES}::test_after_a_prefix_hit[{case}]",),
-        "preemption": (f"{_TILES}::test_after_preemption[{case}-",),
+        "batch": tests("test_in_a_batch[{}]"),
+        "chunked": tests("test_chunked[{}-"),
+        "prefix cache": tests("test_after_a_prefix_hit[{}]"),
+        "preemption": tests("test_after_preemption[{}-"),
     }
     return Family(name, (architecture,), proofs, ("time series",) if video else ("time series", "video", "mixed"))
 
@@ -104,6 +106,9 @@ FAMILIES = (
         prompts=f"{_QWEN2_VL}::test_prompts[qwen2_vl",
     ),
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
+    _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
+    _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
+    _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3-Next", "Qwen3NextForCausalLM", _NEXT, "test_from_a_kept_state"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from filmstrip.demo.checkpoint import CHAT_TEMPLATE, build_tokenizer, randomize_weights
@@ -100,3 +101,129 @@ def make_internvl(path: Path, *, seed: int = 0) -> str:
         "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
     }
     return save(path, tokenizer, "InternVLForConditionalGeneration", fields, files, seed)
+
+
+_CLIP = {**VISION, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14, "projection_dim": 32}
+_SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False}
+_GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+_CROPPED = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "do_center_crop": True}
+
+
+def llama_tokenizer(tokens: Mapping[str, str], *, image: str, video: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a token of its own before every text, which its template leaves out."""
+    tokenizer = tokenizer_with({**tokens, "bos_token": "<s>"}, image=image, video=video)
+    first = tokenizer.get_vocab()["<s>"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", first)]
+    )
+    return tokenizer
+
+
+def make_llava(path: Path, *, seed: int = 0) -> str:
+    """A random LLaVA-1.5 checkpoint: CLIP whose class token is dropped, features of two layers, a Llama text model."""
+    tokenizer = llama_tokenizer({"image_token": "<image>"}, image="<image>\\n")
+    fields = {
+        "vision_config": _CLIP,
+        "text_config": {"model_type": "llama"},
+        "image_token_index": tokenizer.get_vocab()["<image>"],
+        "vision_feature_layer": [-2, -1],
+    }
+    files = {
+        "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor", **_CROPPED},
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    }
+    return save(path, tokenizer, "LlavaForConditionalGeneration", fields, files, seed)
+
+
+def make_llava_siglip(path: Path, *, seed: int = 0) -> str:
+    """A random LLaVA checkpoint with SigLIP, whose pictures are squeezed into a square, and a Qwen2 text model."""
+    tokenizer = tokenizer_with({"image_token": "<image>"}, image="<image>\\n")
+    fields = {
+        "vision_config": _SIGLIP,
+        "text_config": {"model_type": "qwen2"},
+        "image_token_index": tokenizer.get_vocab()["<image>"],
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    files = {
+        "preprocessor_config.json": {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": 56, "width": 56},
+            "resample": 2,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": 14,
+            "vision_feature_select_strategy": "full",
+        },
+    }
+    return save(path, tokenizer, "LlavaForConditionalGeneration", fields, files, seed)
+
+
+def make_llava_next(path: Path, *, seed: int = 0) -> str:
+    """A random LLaVA-NeXT checkpoint: sizes of two and three tiles, a Mistral text model."""
+    tokenizer = llama_tokenizer({"image_token": "<image>"}, image="<image>\\n")
+    fields = {
+        "vision_config": _CLIP,
+        "text_config": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        "image_token_index": tokenizer.get_vocab()["<image>"],
+        "image_grid_pinpoints": _GRID,
+    }
+    files = {
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": _GRID,
+            **_CROPPED,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaNextProcessor",
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    }
+    return save(path, tokenizer, "LlavaNextForConditionalGeneration", fields, files, seed)
+
+
+def make_llava_onevision(path: Path, *, seed: int = 1) -> str:
+    """A random LLaVA-OneVision checkpoint: sizes of up to nine tiles, packed to at most two; 5 frames of a video."""
+    tokenizer = tokenizer_with(
+        {"image_token": "<image>", "video_token": "<video>"}, image="<image>\\n", video="<video>\\n"
+    )
+    ids = tokenizer.get_vocab()
+    grid = [[70 * rows, 70 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    fields = {
+        "vision_config": {**_SIGLIP, "image_size": 70},
+        "text_config": {"model_type": "qwen2"},
+        "image_token_index": ids["<image>"],
+        "video_token_index": ids["<video>"],
+        "image_grid_pinpoints": grid,
+        "vision_aspect_ratio": "anyres_max_2",
+    }
+    size = {"height": 70, "width": 70}
+    files = {
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_grid_pinpoints": grid,
+            "size": size,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "size": size,
+            "num_frames": 5,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 25,
+            "vision_aspect_ratio": "anyres_max_2",
+            "vision_feature_select_strategy": "full",
+        },
+    }
+    return save(path, tokenizer, "LlavaOnevisionForConditionalGeneration", fields, files, seed)

@@ -42,7 +42,13 @@ class Family:
     takes_video: bool = True
 
 
-FAMILIES = {"internvl": Family(tiles.make_internvl)}
+FAMILIES = {
+    "internvl": Family(tiles.make_internvl),
+    "llava": Family(tiles.make_llava, takes_video=False),
+    "llava_siglip": Family(tiles.make_llava_siglip, takes_video=False),
+    "llava_next": Family(tiles.make_llava_next, takes_video=False),
+    "llava_onevision": Family(tiles.make_llava_onevision),
+}
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +220,8 @@ def test_after_an_encoder_hit(model, asked, expected):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_after_preemption(model, asked, expected, prefix):
     names = names_of(asked)
-    longest = max(len(asked[name].token_ids) for name in names) + 32
-    engine = make_engine(model, num_tokens=longest + 32, prefix=prefix, max_num_batched_tokens=256)
+    num_tokens = sum(len(asked[name].token_ids) for name in names) + 3 * model.info.block_size
+    engine = make_engine(model, num_tokens=num_tokens, prefix=prefix, max_num_batched_tokens=256)
     results = run(engine, {name: asked[name] for name in names})
     assert engine.stats()["num_preemptions"] > 0
     for name in names:

@@ -12,7 +12,7 @@ from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tokenizer import Tokenizer
-from filmstrip.types import FrameSampling, ImageMetadata, Modality, PixelLimits, VideoMetadata
+from filmstrip.types import FrameSampling, ImageMetadata, Modality, PixelLimits, VideoMetadata, View
 from tests.models import tiles
 
 
@@ -128,3 +128,71 @@ def test_a_tokenizer_without_the_control_tokens_is_not_loaded(internvl):
     del tokenizer.special_tokens["</img>"]
     with pytest.raises(ModelLoadError, match="no control token </img>"):
         create_processor(tokenizer, CheckpointFiles(internvl), ProcessorConfig(), MediaConfig())
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return tiles.make_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "view"),
+    [
+        ({}, (100, 200), View(56, 56, 56, 112, 0, -28)),
+        ({}, (201, 100), View(56, 56, 112, 56, -28, 0)),
+        ({"size": 40}, (100, 200), View(56, 56, 40, 80, 8, -12)),
+        ({"size": {"height": 56, "width": 56}}, (100, 200), View(56, 56, 56, 56)),
+        ({"do_center_crop": False, "size": {"height": 28, "width": 28}}, (9, 7), View(28, 28, 28, 28)),
+    ],
+)
+def test_llava_cuts_out_the_middle(llava, tmp_path, settings, shape, view):
+    processor = make_processor(with_changed(llava, tmp_path, "preprocessor_config.json", **settings))
+    plan = processor.plan_image(ImageMetadata(*shape), PixelLimits())
+    assert plan.views == (view,)
+    assert plan.num_tokens == (view.height // 14) ** 2
+
+
+@pytest.mark.parametrize(
+    ("own", "num_tokens"),
+    [
+        ({"num_additional_image_tokens": None}, 16),
+        ({"vision_feature_select_strategy": "full"}, 17),
+        ({"vision_feature_select_strategy": "full", "num_additional_image_tokens": None}, 16),
+        ({"num_additional_image_tokens": 0}, 15),
+    ],
+)
+def test_llava_counts_the_class_token(llava, tmp_path, own, num_tokens):
+    processor = make_processor(with_changed(llava, tmp_path, "processor_config.json", **own))
+    assert processor.plan_image(ImageMetadata(10, 20), PixelLimits()).num_tokens == num_tokens
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"image_processor_type": "PixtralImageProcessor"}, "names the image processor 'PixtralImageProcessor'"),
+        ({"do_pad": True}, "sets do_pad to True"),
+    ],
+)
+def test_llava_with_other_towers_is_not_loaded(llava, tmp_path, values, named):
+    with pytest.raises(ModelLoadError, match=named):
+        make_processor(with_changed(llava, tmp_path, "preprocessor_config.json", **values))
+
+
+def test_llava_next_needs_tiles_of_the_size_it_resizes_to(tmp_path_factory, tmp_path):
+    path = tiles.make_llava_next(tmp_path_factory.mktemp("llava_next"))
+    size = {"shortest_edge": 28}
+    with pytest.raises(ModelLoadError, match="tiles of 56 pixels but resizes to 28"):
+        make_processor(with_changed(path, tmp_path, "preprocessor_config.json", size=size))
+
+
+def test_llava_onevision_needs_a_number_of_tiles(tmp_path_factory, tmp_path):
+    path = tiles.make_llava_onevision(tmp_path_factory.mktemp("llava_onevision"))
+    with pytest.raises(ModelLoadError, match="vision_aspect_ratio to 'square'"):
+        make_processor(with_changed(path, tmp_path, "config.json", vision_aspect_ratio="square"))
+
+
+def test_a_prompt_begins_as_the_tokenizer_says_once(llava):
+    processor, tokenizer = make_processor(llava), Tokenizer(llava)
+    first = tokenizer.special_tokens["<s>"]
+    assert tokenizer.first_ids == [first]
+    assert processor.expand(["Hi"], []) == processor.expand([first, "Hi"], []) == [first, "Hi"]

@@ -12,6 +12,9 @@ from filmstrip.errors import ModelLoadError
 _MODEL_CLASSES = {
     "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
     "LlamaForCausalLM": "filmstrip.models.text:TextModel",
+    "LlavaForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
+    "LlavaNextForConditionalGeneration": "filmstrip.models.vision_text:LlavaNextModel",
+    "LlavaOnevisionForConditionalGeneration": "filmstrip.models.vision_text:LlavaOnevisionModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",

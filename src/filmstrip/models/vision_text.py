@@ -7,6 +7,7 @@ pixels and no prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,15 +23,16 @@ from filmstrip.models.media_rows import embed_rows, media_rows
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 from filmstrip.models.qwen_vl import normalize_patches
 from filmstrip.models.text import check_supported
+from filmstrip.types import Modality
 
 MAX_TILES_PER_FORWARD = 16
 """Tiles that go through the vision tower at once, which bounds its activations (tiles do not see each other)."""
 
 
 class VisionTextModel:
-    """A checkpoint whose tiles become rows of the text model's input: InternVL, LLaVA.
+    """A checkpoint whose tiles become rows of the text model's input, each for itself: InternVL, LLaVA.
 
-    Families differ in :meth:`_item_rows`: what the rows of a whole item are, once its tiles are encoded.
+    Other families differ in :meth:`_item_rows`: what the rows of a whole item are.
     """
 
     def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
@@ -80,7 +82,9 @@ class VisionTextModel:
         """
         encoded = []
         for item in items:
-            rows = self._item_rows(self._encode_tiles(item), item).to(self.info.dtype)
+            size = math.isqrt(item.patches.shape[1] // 3)
+            pixels = normalize_patches(item.patches.to(self.info.device), item.normalization).view(-1, 3, size, size)
+            rows = self._item_rows(pixels.to(self.info.dtype), item).to(self.info.dtype)
             segments = rows.unflatten(0, (item.num_segments, -1)).unsqueeze(2)
             encoded.append([segment.clone() for segment in segments])
         return encoded
@@ -98,20 +102,38 @@ class VisionTextModel:
         ).last_hidden_state[0]
         return self._lm_head(hidden_states[batch.logits_indices]).float()
 
-    def _encode_tiles(self, item: EncoderInput) -> torch.Tensor:
-        """Embeddings of all tiles of ``item``: (num_tiles, tokens_per_tile, hidden_size)."""
-        size = int((item.patches.shape[1] // 3) ** 0.5)
-        features = []
-        for tiles in item.patches.split(MAX_TILES_PER_FORWARD):
-            pixels = normalize_patches(tiles.to(self.info.device), item.normalization).view(-1, 3, size, size)
-            features.append(self._tile_features(pixels.to(self.info.dtype)))
-        return torch.cat(features)
+    def _item_rows(self, pixels: torch.Tensor, item: EncoderInput) -> torch.Tensor:  # noqa: ARG002 - for other families
+        """Rows of the whole item, (num_tokens, hidden_size), from its normalised tiles (num_tiles, 3, size, size)."""
+        return torch.cat([self._tile_rows(tiles) for tiles in pixels.split(MAX_TILES_PER_FORWARD)])
 
-    def _tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tower and projector: (num_tiles, 3, size, size) -> (num_tiles, tokens_per_tile, hidden_size)."""
+    def _tile_rows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Rows of tiles that follow each other, each for itself."""
         output = self.module.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        return output if isinstance(output, torch.Tensor) else torch.stack(tuple(output))
+        return torch.cat(tuple(output))
 
-    def _item_rows(self, tiles: torch.Tensor, item: EncoderInput) -> torch.Tensor:  # noqa: ARG002 - for other families
-        """Rows of the whole item, (num_tokens, hidden_size), from (num_tiles, tokens_per_tile, hidden_size)."""
-        return tiles.flatten(0, 1)
+
+class LlavaNextModel(VisionTextModel):
+    """A LLaVA-NeXT checkpoint: features of an image's tiles are put together and freed of the padding's."""
+
+    def _item_rows(self, pixels: torch.Tensor, item: EncoderInput) -> torch.Tensor:
+        """All tiles at once: Transformers packs what it encodes."""
+        image_sizes = torch.tensor([item.source_size], device=pixels.device)
+        features = self.module.model.get_image_features(
+            pixel_values=pixels.unsqueeze(0), image_sizes=image_sizes, return_dict=True
+        )
+        return features.pooler_output[0]
+
+
+class LlavaOnevisionModel(LlavaNextModel):
+    """A LLaVA-OneVision checkpoint: images as LLaVA-NeXT's, frames of a video pooled, a line's end after the last."""
+
+    def _item_rows(self, pixels: torch.Tensor, item: EncoderInput) -> torch.Tensor:
+        if item.modality is not Modality.VIDEO:
+            return super()._item_rows(pixels, item)
+        frames = pixels.split(MAX_TILES_PER_FORWARD)
+        parts = [
+            self.module.model.get_video_features(part.unsqueeze(0), return_dict=True).pooler_output[0]
+            for part in frames
+        ]
+        # Each part ends in the end of the line, which stands behind the last only.
+        return torch.cat([*(part[:-1] for part in parts), parts[-1][-1:]])

@@ -17,6 +17,9 @@ _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
     "InternVLForConditionalGeneration": ("filmstrip.processing.internvl", "InternVLProcessor"),
     "LlamaForCausalLM": _TEXT,
+    "LlavaForConditionalGeneration": ("filmstrip.processing.llava", "LlavaProcessor"),
+    "LlavaNextForConditionalGeneration": ("filmstrip.processing.llava", "LlavaNextProcessor"),
+    "LlavaOnevisionForConditionalGeneration": ("filmstrip.processing.llava", "LlavaOnevisionProcessor"),
     "MistralForCausalLM": _TEXT,
     "Qwen2ForCausalLM": _TEXT,
     "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
