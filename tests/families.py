@@ -85,6 +85,7 @@ _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
 FAMILIES = (
     _with_vision("Qwen3-VL", "Qwen3VLForConditionalGeneration", _ENGINE, "dense", **_VL),
     _with_vision("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", _ENGINE, "moe", **_VL),
+    Family("InternS1-Pro", ("InternS1ProForConditionalGeneration", "InternS1_1_ForConditionalGeneration"), {}, ()),
     _with_vision(
         *("Qwen3.5", "Qwen3_5ForConditionalGeneration", _QWEN3_5, "dense"),
         **_HYBRID,

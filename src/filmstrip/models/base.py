@@ -37,6 +37,9 @@ class EncoderInput:
 
     ``patches`` is uint8 (num_segments * rows_per_segment, 3*tps*ps*ps) on the host; ``grid_thw`` is the grid of just these
     patches. ``source_size`` is the item's (height, width) before resizing.
+
+    A time series is one segment: ``patches`` is its normalised samples, float32 (num_samples, num_channels), and ``hop`` the
+    samples between the beginnings of its windows.
     """
 
     modality: Modality
@@ -45,6 +48,7 @@ class EncoderInput:
     normalization: Normalization
     num_segments: int
     source_size: tuple[int, int] = (0, 0)
+    hop: int = 0
 
 
 class Model(Protocol):

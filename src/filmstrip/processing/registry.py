@@ -15,6 +15,8 @@ from filmstrip.types import Modality
 
 _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
+    "InternS1ProForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
+    "InternS1_1_ForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
     "InternVLForConditionalGeneration": ("filmstrip.processing.internvl", "InternVLProcessor"),
     "LlamaForCausalLM": _TEXT,
     "LlavaForConditionalGeneration": ("filmstrip.processing.llava", "LlavaProcessor"),
