@@ -17,9 +17,9 @@ from filmstrip.models.attention_interface import ATTENTION_NAME
 from filmstrip.models.base import EncoderInput, ModelInfo
 from filmstrip.models.batch import Batch, EmbeddingPlacement
 from filmstrip.models.checkpoint import Checkpoint
-from filmstrip.models.devices import make_attention
-from filmstrip.models.paged_attention import AttentionShape, PagedAttention
-from filmstrip.models.text import check_supported
+from filmstrip.models.media_rows import embed_rows, media_rows
+from filmstrip.models.paged_attention import PagedAttention
+from filmstrip.models.text import paged_text
 from filmstrip.types import Normalization
 
 MAX_PATCHES_PER_FORWARD = 8192
@@ -46,26 +46,8 @@ class QwenVLModel:
             getattr(transformers, checkpoint.architecture),
             attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
         )
-        text_config = module.config.text_config
-        check_supported(text_config, checkpoint.architecture)
-        shape = AttentionShape(
-            num_layers=text_config.num_hidden_layers,
-            num_query_heads=text_config.num_attention_heads,
-            num_kv_heads=text_config.num_key_value_heads,
-            head_dim=getattr(text_config, "head_dim", None)
-            or text_config.hidden_size // text_config.num_attention_heads,
-        )
-        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
-        info = ModelInfo(
-            vocab_size=text_config.vocab_size,
-            hidden_size=text_config.hidden_size,
-            max_position_embeddings=text_config.max_position_embeddings,
-            num_embedding_rows=1 + len(getattr(module.config.vision_config, "deepstack_visual_indexes", ())),
-            block_size=attention.block_size,
-            kv_bytes_per_token=attention.kv_bytes_per_token,
-            device=checkpoint.device,
-            dtype=checkpoint.dtype,
-        )
+        levels = getattr(module.config.vision_config, "deepstack_visual_indexes", ())
+        attention, info = paged_text(module.config.text_config, checkpoint, num_embedding_rows=1 + len(levels))
         return cls(module, attention, info)
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -107,13 +89,13 @@ class QwenVLModel:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Write K and V of the batch's tokens into the cache, attend, return fp32 logits (R, vocab_size)."""
         placements = sorted(batch.placements, key=lambda placement: placement.start)
-        media_rows = _media_rows(placements, batch.num_tokens)
+        rows = media_rows(placements, batch.num_tokens)
         hidden_states = self._language_model(
-            inputs_embeds=self._embed(batch.token_ids, placements, media_rows).unsqueeze(0),
+            inputs_embeds=embed_rows(self._language_model.embed_tokens, batch.token_ids, placements, rows).unsqueeze(0),
             position_ids=torch.cat([batch.positions[:1], batch.positions]).unsqueeze(1),
             use_cache=False,
             **self._begin(batch),
-            **self._deepstack(placements, media_rows),
+            **self._deepstack(placements, rows),
         ).last_hidden_state[0]
         return self._lm_head(hidden_states[batch.logits_indices]).float()
 
@@ -121,25 +103,13 @@ class QwenVLModel:
         """The step in progress, as keyword arguments that Transformers hands down to every layer."""
         return {"paged_step": self._attention.begin(batch)}
 
-    def _embed(
-        self, token_ids: torch.Tensor, placements: Sequence[EmbeddingPlacement], media_rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Embedding of each row, (N, hidden_size): the table's for text, the encoder's for media."""
-        if media_rows is None:
-            return self._language_model.embed_tokens(token_ids)
-        # The id of a media row may be anything, even outside the table: row 0 stands in and is overwritten.
-        embeds = self._language_model.embed_tokens(token_ids.masked_fill(media_rows, 0))
-        for placement in placements:
-            embeds[placement.start : placement.start + len(placement.embeddings)] = placement.embeddings[:, 0]
-        return embeds
-
-    def _deepstack(self, placements: Sequence[EmbeddingPlacement], media_rows: torch.Tensor | None) -> dict[str, Any]:
+    def _deepstack(self, placements: Sequence[EmbeddingPlacement], rows: torch.Tensor | None) -> dict[str, Any]:
         """Keyword arguments that say what DeepStack adds to which rows: for each level (num_media_rows, hidden_size)."""
         levels = range(1, self.info.num_embedding_rows)
-        if media_rows is None or not levels:
+        if rows is None or not levels:
             return {}
-        rows = [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
-        return {"visual_pos_masks": media_rows.unsqueeze(0), "deepstack_visual_embeds": rows}
+        added = [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
+        return {"visual_pos_masks": rows.unsqueeze(0), "deepstack_visual_embeds": added}
 
 
 class LinearPatchEmbed(torch.nn.Module):
@@ -203,19 +173,3 @@ def _forward_groups(pieces: list[tuple[int, EncoderInput]]) -> Iterable[list[tup
         num_patches += size
     if group:
         yield group
-
-
-def _media_rows(placements: Sequence[EmbeddingPlacement], num_tokens: int) -> torch.Tensor | None:
-    """bool (N,): which rows are media; None if none. Raises ValueError if ``placements`` (sorted) overlap or stick out."""
-    if not placements:
-        return None
-    rows = torch.zeros(num_tokens, dtype=torch.bool, device=placements[0].embeddings.device)
-    end = 0
-    for placement in placements:
-        if placement.start < end:
-            raise ValueError(f"media rows overlap at row {placement.start}: the ones before end at {end}")
-        end = placement.start + len(placement.embeddings)
-        rows[placement.start : end] = True
-    if end > num_tokens:
-        raise ValueError(f"media rows end at {end} in a batch of {num_tokens} tokens")
-    return rows

@@ -35,24 +35,7 @@ class TextModel:
         module_class = getattr(transformers, checkpoint.architecture)
         module = checkpoint.load_module(module_class, attn_implementation=ATTENTION_NAME)
         config = module.config
-        check_supported(config, checkpoint.architecture)
-        shape = AttentionShape(
-            num_layers=config.num_hidden_layers,
-            num_query_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        )
-        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
-        info = ModelInfo(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            max_position_embeddings=config.max_position_embeddings,
-            num_embedding_rows=1,
-            block_size=attention.block_size,
-            kv_bytes_per_token=attention.kv_bytes_per_token,
-            device=checkpoint.device,
-            dtype=checkpoint.dtype,
-        )
+        attention, info = paged_text(config, checkpoint)
         return cls(module, attention, info)
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -81,6 +64,32 @@ class TextModel:
     def _begin(self, batch: Batch) -> dict[str, Any]:
         """What the layers need to know of the step, as keyword arguments."""
         return {"paged_step": self._attention.begin(batch)}
+
+
+def paged_text(config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int = 1) -> tuple[PagedAttention, ModelInfo]:
+    """Attention for a text model with this Transformers ``config``, and what the engine plans with.
+
+    Raises :class:`ModelLoadError` for a model that would be computed wrongly.
+    """
+    check_supported(config, checkpoint.architecture)
+    shape = AttentionShape(
+        num_layers=config.num_hidden_layers,
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+    attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
+    info = ModelInfo(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_position_embeddings=config.max_position_embeddings,
+        num_embedding_rows=num_embedding_rows,
+        block_size=attention.block_size,
+        kv_bytes_per_token=attention.kv_bytes_per_token,
+        device=checkpoint.device,
+        dtype=checkpoint.dtype,
+    )
+    return attention, info
 
 
 def check_supported(config: Any, architecture: str) -> None:

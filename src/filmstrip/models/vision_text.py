@@ -18,11 +18,10 @@ from filmstrip.models.attention_interface import ATTENTION_NAME
 from filmstrip.models.base import EncoderInput, ModelInfo
 from filmstrip.models.batch import Batch
 from filmstrip.models.checkpoint import Checkpoint
-from filmstrip.models.devices import make_attention
 from filmstrip.models.media_rows import embed_rows, media_rows
-from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.models.paged_attention import PagedAttention
 from filmstrip.models.qwen_vl import normalize_patches
-from filmstrip.models.text import check_supported
+from filmstrip.models.text import paged_text
 from filmstrip.types import Modality
 
 MAX_TILES_PER_FORWARD = 16
@@ -49,25 +48,7 @@ class VisionTextModel:
             getattr(transformers, checkpoint.architecture),
             attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
         )
-        config = module.config.text_config
-        check_supported(config, checkpoint.architecture)
-        shape = AttentionShape(
-            num_layers=config.num_hidden_layers,
-            num_query_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        )
-        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
-        info = ModelInfo(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            max_position_embeddings=config.max_position_embeddings,
-            num_embedding_rows=1,
-            block_size=attention.block_size,
-            kv_bytes_per_token=attention.kv_bytes_per_token,
-            device=checkpoint.device,
-            dtype=checkpoint.dtype,
-        )
+        attention, info = paged_text(module.config.text_config, checkpoint)
         return cls(module, attention, info)
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
