@@ -74,7 +74,8 @@ class ProcessorConfig:
     """Prompt processing: server-wide ``--mm-processor-kwargs`` and the form of the video prompt.
 
     ``video_prompt_form``: "nested" keeps the chat template's outer vision_start/vision_end around the per-frame blocks
-    (Transformers >= 5.10), "flat" replaces them (the original release), "auto" follows the installed Transformers.
+    (Transformers >= 5.10), "flat" replaces them (the original release), "auto" follows the installed Transformers. For
+    Qwen2-VL and Qwen2.5-VL, whose videos are one block, "flat" is the original release's place of the text behind it.
     """
 
     image: PixelLimits = PixelLimits()

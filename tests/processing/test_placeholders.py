@@ -39,6 +39,31 @@ def test_positions_of_the_worked_example():
     assert delta == -12
 
 
+def test_groups_of_one_video_with_nothing_between_them():
+    """84 groups of 12 x 16 tokens, four places of time apart, behind 15 tokens of text: 16128 tokens."""
+    pieces = [*range(15), *[Placeholder(0, 9, 12, 16, 4 * group) for group in range(84)], 1, 2]
+    assembled = assemble(pieces, encode)
+    assert len(assembled.segments(0)) == 84
+    positions, delta = mrope_positions(len(assembled.token_ids), assembled.placed)
+    last = 15 + 16_128 - 1
+    assert positions[:, 15].tolist() == [15] * 3
+    assert positions[:, last].tolist() == [347, 26, 30]
+    assert positions[:, last + 1].tolist() == [31] * 3
+    assert delta == 33 - len(assembled.token_ids)
+    # The first release let text go on behind the largest position.
+    positions, delta = mrope_positions(len(assembled.token_ids), assembled.placed, beyond_time=True)
+    assert positions[:, last].tolist() == [347, 26, 30]
+    assert positions[:, last + 1].tolist() == [348] * 3
+    assert delta == 350 - len(assembled.token_ids)
+
+
+def test_neighbours_are_one_video_only_if_they_are_of_one_item():
+    first, second = Placeholder(0, 9, 1, 2), Placeholder(1, 9, 3, 1)
+    assembled = assemble([first, second, 5], encode)
+    positions, _ = mrope_positions(6, assembled.placed, beyond_time=True)
+    assert positions[0].tolist() == [0, 0, 2, 2, 2, 5]
+
+
 def test_text_alone_counts_up():
     positions, delta = mrope_positions(4, [])
     np.testing.assert_array_equal(positions, np.tile(np.arange(4), (3, 1)))

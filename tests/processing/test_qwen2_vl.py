@@ -14,7 +14,7 @@ from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.inspection import inspect_item, view_of_checkpoint
 from filmstrip.processing.media_pipeline import MediaPipeline
-from filmstrip.processing.placeholders import Placeholder
+from filmstrip.processing.placeholders import Placeholder, assemble
 from filmstrip.processing.preview import Previewer
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.qwen2_vl import Qwen2VLProcessor, Qwen25VLProcessor
@@ -160,13 +160,18 @@ def test_the_server_limits_frames(path):
 
 @pytest.mark.parametrize("form", ["auto", "nested", "flat"])
 def test_start_and_end_around_a_video_stay(path, form):
-    """``video_prompt_form`` is about Qwen3-VL's times in words, which there are none of here."""
+    """In every form: there are no times in words to stand between them. The place of the text behind the video differs."""
     processor = processor_of(path, form=form)
     ids = Tokenizer(path).special_tokens
     start, pad, end = (ids[f"<|{name}|>"] for name in ("vision_start", "video_pad", "vision_end"))
     pieces = processor.expand(["look: ", start, pad, end, "well?"], [planned(processor, steady())])
     kinds = [piece if not isinstance(piece, Placeholder) else "group" for piece in pieces]
     assert kinds == ["look: ", start, *["group"] * 4, end, "well?"]
+    assembled = assemble(pieces, lambda text: [1])
+    positions, _ = processor.positions(assembled)
+    assert positions is not None
+    largest_of_video = positions[:, :-2].max()
+    assert (positions[0, -2] > largest_of_video) == (form == "flat")
 
 
 def test_previews_and_inspection_say_what_a_prompt_has(path, other_path, tmp_path):

@@ -72,20 +72,23 @@ def assemble(pieces: Sequence[Piece], encode_text: Callable[[str], list[int]]) -
     return Assembled(token_ids, placed)
 
 
-def mrope_positions(num_tokens: int, placed: Sequence[tuple[int, Placeholder]]) -> tuple[np.ndarray, int]:
+def mrope_positions(
+    num_tokens: int, placed: Sequence[tuple[int, Placeholder]], *, beyond_time: bool = False
+) -> tuple[np.ndarray, int]:
     """Multimodal rotary positions of a whole prompt.
 
     Text advances all three axes (temporal, height, width) by one per token. A segment of h x w tokens has the same temporal
     position throughout, its row and column on the other axes, and the text behind it goes on ``max(h, w)`` later
     (Qwen3-VL: every temporal group of a video is such a segment; Transformers' ``Qwen3VLModel.get_rope_index``). Segments
     of one item with no token between them (Qwen2-VL: a whole video) begin at the same place and differ by their ``time``;
-    the text behind the last goes on as if they were one (``Qwen2_5_VLModel.get_rope_index``), be their times later or not.
+    the text behind the last goes on as if they were one (``Qwen2_5_VLModel.get_rope_index``), be their times later or not;
+    with ``beyond_time`` it goes on behind whatever of them reaches furthest, times included.
 
     Returns int32 (3, num_tokens), and the delta by which generated tokens' positions differ from their index: they go on
     behind the prompt's last, as the text of a next turn would (Transformers' ``generate``).
     """
     positions = np.empty((3, num_tokens), np.int32)
-    index = current = 0
+    index = current = extent = 0
     for number, (offset, placeholder) in enumerate(placed):
         positions[:, index:offset] = np.arange(current, current + offset - index)
         current += offset - index
@@ -94,9 +97,10 @@ def mrope_positions(num_tokens: int, placed: Sequence[tuple[int, Placeholder]]) 
         positions[0, offset:index] = current + placeholder.time
         positions[1, offset:index] = current + rows
         positions[2, offset:index] = current + columns
-        is_continued = number + 1 < len(placed) and _is_next(placeholder, index, placed[number + 1])
-        if not is_continued:
-            current += max(placeholder.height, placeholder.width)
+        extent = max(extent, placeholder.height, placeholder.width, placeholder.time + 1 if beyond_time else 0)
+        if number + 1 == len(placed) or not _is_next(placeholder, index, placed[number + 1]):
+            current += extent
+            extent = 0
     positions[:, index:] = np.arange(current, current + num_tokens - index)
     current += num_tokens - index
     return positions, current - num_tokens

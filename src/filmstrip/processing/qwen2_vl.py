@@ -8,6 +8,9 @@ what happens here:
   default shows every frame. A clip of one frame is shown; the reference divides by zero.
 - ``min_pixels`` and ``max_pixels`` of a request count all frames, as for every family; those in the checkpoint's files are
   of one frame, as in the reference.
+- Text behind a video goes on where the installed Transformers puts it: behind the picture's height or width. With
+  ``video_prompt_form`` "flat" it goes on behind the video's time where that reaches further, as it did in the families'
+  first releases (Transformers 4).
 - The time between frames (``second_per_grid_ts``) is the length of the part that is shown, however uneven its frame rate,
   over the number of frames; the reference takes the number of all frames over an average rate, which is the same for a
   whole clip. Frames picked by the client count by the mean rate of their own times.
@@ -24,7 +27,7 @@ import torch
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
-from filmstrip.processing.placeholders import Piece, Placeholder
+from filmstrip.processing.placeholders import Assembled, Piece, Placeholder, mrope_positions
 from filmstrip.processing.qwen3_vl import Qwen3VLProcessor
 from filmstrip.processing.tokenizer import Tokenizer
 from filmstrip.processing.vision import resize_video_frame
@@ -56,7 +59,12 @@ class Qwen2VLProcessor(Qwen3VLProcessor):
     ) -> None:
         """Read the checkpoint's files; ModelLoadError if they or the control tokens do not fit."""
         super().__init__(tokenizer, files, config, media)
-        self._nested = True  # start and end around a video are the only ones, whatever form Qwen3-VL is to have
+        self._beyond_time = not self._nested
+        self._nested = True  # the start and the end around a video are its only ones, in every form
+
+    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, int]:
+        """Three-axis positions of the whole prompt."""
+        return mrope_positions(len(assembled.token_ids), assembled.placed, beyond_time=self._beyond_time)
 
     def _default_frames(self, count: int, fps: float, low: int, high: int) -> np.ndarray:
         """Evenly spread, in whole temporal groups where there are so many frames (``sample_frames`` of the reference)."""
