@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import processors
+from tokenizers import decoders, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from filmstrip.demo.checkpoint import CHAT_TEMPLATE, build_tokenizer, randomize_weights
@@ -110,10 +110,19 @@ _CROPPED = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 
 
 
 def llama_tokenizer(tokens: Mapping[str, str], *, image: str, video: str = "") -> PreTrainedTokenizerFast:
-    """A tokenizer that puts a token of its own before every text, which its template leaves out."""
+    """A tokenizer that puts a token of its own and a space before every text, which its template leaves out."""
     tokenizer = tokenizer_with({**tokens, "bos_token": "<s>"}, image=image, video=video)
     first = tokenizer.get_vocab()["<s>"]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>' + message.role", "' + message.role")
+    backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", first)]
     )
     return tokenizer

@@ -10,6 +10,7 @@ from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import assemble
 from filmstrip.processing.tokenizer import StopStrings, StreamingDecoder, Tokenizer
+from tests.models.tiles import llama_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,19 @@ def test_text_that_may_become_a_stop_string_is_held_back():
     assert stops.push("answer #") == ("answer ", None)
     assert stops.push("#") == ("", None)
     assert stops.push("!") == ("##!", None)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}<|im_end|>a b", "<s>{{ messages[0].content }} <image>c"]
+)
+@pytest.mark.parametrize("text", ["Hello there", " spaces ", "\u2581mark"])
+def test_a_space_stands_before_a_prompt_and_nowhere_else(tmp_path, template, text):
+    """As tokenizers of Llama's kind (``prepend_scheme`` "first") have it; what they see in pieces is not each a prompt."""
+    made = llama_tokenizer({"image_token": "<image>"}, image="<image>")
+    made.chat_template = template
+    made.save_pretrained(tmp_path)
+    tokenizer, files = Tokenizer(str(tmp_path)), CheckpointFiles(str(tmp_path))
+    messages = [{"role": "user", "content": text}]
+    reference = tokenizer.hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids_of(tokenizer, ChatTemplate(tokenizer, files), messages, add_generation_prompt=False) == reference
+    assert tokenizer.decode(tokenizer.encode_text("a b"), skip_special_tokens=True) == "a b"

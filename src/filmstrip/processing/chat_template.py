@@ -71,7 +71,10 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
         pieces = self._tokenizer.split_special(rendered)
-        return [piece.replace(mark, "") if isinstance(piece, str) else piece for piece in pieces]
+        plain = [piece.replace(mark, "") if isinstance(piece, str) else piece for piece in pieces]
+        if plain and isinstance(plain[0], str):
+            plain[0] = self._tokenizer.opening(plain[0])
+        return plain
 
     def _choose_mark(self, messages: Sequence[Mapping[str, Any]]) -> str:
         used: set[str] = set()

@@ -7,6 +7,7 @@ and everything between is encoded here with control tokens switched off.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -14,6 +15,9 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from filmstrip.errors import ModelLoadError
+
+_SPACE_MARK = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
 class Tokenizer:
@@ -29,7 +33,7 @@ class Tokenizer:
         if backend is None:
             raise ModelLoadError(f"{model!r} has no tokenizer.json (a fast tokenizer), which is needed", param="model")
         # A copy of our own: the switch is a state of the tokenizer, and the shared one must keep its default.
-        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._plain, self._begins_with_space = _without_opening_space(backend)
         self._plain.encode_special_tokens = True
         self._plain.no_truncation()
         self._plain.no_padding()
@@ -57,6 +61,10 @@ class Tokenizer:
         """Ids that the tokenizer itself puts before a text (Llama: the begin-of-sequence token); often none."""
         whole, text = self.hf("a").input_ids, self.hf("a", add_special_tokens=False).input_ids
         return whole[: len(whole) - len(text)] if whole[-len(text) :] == text else whole[: whole.index(text[0])]
+
+    def opening(self, text: str) -> str:
+        """``text`` as it is when a prompt begins with it: Llama's tokenizers put a space there, and only there."""
+        return f" {text}" if self._begins_with_space and not text.startswith((" ", _SPACE_MARK)) else text
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of ``text``, in which control tokens are spelled out like any other text."""
@@ -93,6 +101,19 @@ class Tokenizer:
         if skip_special_tokens:
             token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
         return self._plain.decode(token_ids, skip_special_tokens=False)
+
+
+def _without_opening_space(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
+    """A copy that puts no space before what it takes for the first text, and whether ``backend`` does.
+
+    Prompts are encoded in pieces, each of which a tokenizer would take for the first.
+    """
+    values = json.loads(backend.to_str())
+    outer = values.get("pre_tokenizer") or {}
+    steps = [step for step in outer.get("pretokenizers", [outer]) if step.get("prepend_scheme") == "first"]
+    for step in steps:
+        step["prepend_scheme"] = "never"
+    return tokenizers.Tokenizer.from_str(json.dumps(values)), bool(steps)
 
 
 class StreamingDecoder:
