@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig
+from filmstrip.errors import InvalidRequestError
 from filmstrip.media.frames import frame_times
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
@@ -117,6 +118,14 @@ def test_frames_of_a_client_stand_apart_by_their_own_times(path, timing, seconds
     assert times_of(processor, media) == [0, int(2 * seconds * TOKENS_PER_SECOND)]
     fewer = planned(processor, metadata, frame_urls=("a", "b", "c", "d"), max_frames=2)
     assert fewer.seconds_per_frame == pytest.approx(2 * seconds)
+
+
+def test_times_beyond_counting_are_refused(path, other_path):
+    metadata = metadata_of([0.0, 4e8, 8e8], 12e8)
+    media = planned(processor_of(path), metadata, frame_urls=("a", "b", "c"))
+    with pytest.raises(InvalidRequestError, match=r"4e\+08 seconds apart.* up to 2\.39675e\+06 seconds"):
+        placed(processor_of(path), media)
+    assert times_of(processor_of(other_path, Qwen2VLProcessor), media) == [0, 1]
 
 
 def test_limits_of_a_request_count_all_frames_and_those_of_files_one(path):

@@ -163,15 +163,19 @@ class KVCache:
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         """Hashes of the full blocks among the first ``num_tokens`` tokens."""
-        for index in range(len(request.block_hashes), num_tokens // self.block_size):
+        first, last = len(request.block_hashes), num_tokens // self.block_size
+        if first >= last:
+            return
+        positions = request.positions_between(first * self.block_size, last * self.block_size)
+        # Where they are the indices, they are those of a prompt without a table, too, and need not be hashed.
+        shifts = np.split(positions - np.arange(first * self.block_size, last * self.block_size), last - first, axis=1)
+        for index, shift in zip(range(first, last), shifts, strict=True):
             start, end = index * self.block_size, (index + 1) * self.block_size
             digest = hashlib.sha256(request.block_hashes[-1] if request.block_hashes else _ROOT)
             digest.update(np.asarray(request.token_ids[start:end], np.int64).tobytes())
             for segment in request.segments_between(start, end):
                 name, number = segment.key
                 digest.update(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
-            if request.prompt.positions is not None:
-                positions = request.positions_between(start, end)
-                if (positions != np.arange(start, end)).any():  # else they are those of a prompt without a table
-                    digest.update(positions.tobytes())
+            if shift.any():
+                digest.update(shift.tobytes())
             request.block_hashes.append(digest.digest())

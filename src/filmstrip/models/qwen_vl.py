@@ -28,10 +28,13 @@ see each other, so the result is the same)."""
 
 
 class QwenVLModel:
-    """A Qwen3-VL or Qwen3-VL-MoE checkpoint in memory with its paged KV cache."""
+    """A checkpoint of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE in memory with its paged KV cache.
+
+    All of their vision towers see a temporal group of a video, or a window in it, alone: a group is encoded by itself.
+    """
 
     def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
-        """Wrap ``module``, a Transformers ``Qwen3VL[Moe]ForConditionalGeneration`` whose text attention is paged."""
+        """Wrap ``module``, a Transformers ``Qwen3VLForConditionalGeneration`` or its like, whose text attention is paged."""
         self.info = info
         self._attention = attention
         self._language_model = module.model.language_model
@@ -129,12 +132,14 @@ class LinearPatchEmbed(torch.nn.Module):
         return F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
 
 
-def normalize_patches(patches: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+def normalize_patches(patches: torch.Tensor, normalization: Normalization | None) -> torch.Tensor:
     """uint8 patch rows (num_patches, 3 * tps * ps * ps) to fp32, bit-equal to the reference processors.
 
     They fuse rescaling into normalising: mean and std times 255 as fp32 tensors, then a subtraction and a division
-    (``BaseImageProcessor.rescale_and_normalize`` in Transformers).
+    (``BaseImageProcessor.rescale_and_normalize`` in Transformers). Without a ``normalization`` values stay what they are.
     """
+    if normalization is None:
+        return patches.to(torch.float32)
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device=patches.device) * 255.0
         for values in (normalization.mean, normalization.std)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from filmstrip.config import MediaConfig, ProcessorConfig
+from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import Assembled, Piece, Placeholder, mrope_positions
@@ -47,6 +48,8 @@ _VIDEO_DEFAULTS: dict[str, Any] = {
 }
 _TOKENS_PER_SECOND = 4
 """Default of ``tokens_per_second`` in ``Qwen2_5_VLVisionConfig``."""
+_MAX_PLACE = 2**24
+"""Beyond, float32 does not tell one place from the next."""
 
 
 class Qwen2VLProcessor(Qwen3VLProcessor):
@@ -110,4 +113,11 @@ class Qwen25VLProcessor(Qwen2VLProcessor):
         num_groups = media.plan.grid_thw[0]
         seconds_per_group = np.float32(media.plan.layout.temporal_patch_size * media.seconds_per_frame)
         places_per_group = np.float32(self._tokens_per_second) * seconds_per_group
-        return (np.arange(num_groups, dtype=np.float32) * places_per_group).astype(np.int64).tolist()
+        places = np.arange(num_groups, dtype=np.float32) * places_per_group
+        if places[-1] > _MAX_PLACE:
+            raise InvalidRequestError(
+                f"the video's frames are {media.seconds_per_frame:g} seconds apart, and this model counts time up to "
+                f"{_MAX_PLACE / self._tokens_per_second:g} seconds; say shorter times (timestamps, fps)",
+                param="messages",
+            )
+        return places.astype(np.int64).tolist()
