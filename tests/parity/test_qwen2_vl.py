@@ -1,6 +1,7 @@
 """Qwen2-VL and Qwen2.5-VL with pictures and videos: prompts, logits and greedy tokens equal Transformers'.
 
-However a prompt is computed: alone, in a batch, in small chunks, after a prefix hit, after an encoder hit, after preemption.
+However a prompt is computed: alone, in a batch, in small chunks, after a prefix hit, after an encoder hit, after preemption;
+and from messages to words through the engine's process.
 """
 
 import dataclasses
@@ -9,14 +10,23 @@ import itertools
 import numpy as np
 import pytest
 
+from filmstrip import LLM, encode_video_base64
 from filmstrip.config import EngineConfig
+from filmstrip.errors import ContextLengthError
 from filmstrip.models.loader import load_model
 from tests.models.qwen2_vl import make_qwen2_5_vl, make_qwen2_vl
 from tests.parity import test_prompt
 from tests.parity.conftest import MAX_NEW_TOKENS, Case, build_prompts, run_reference, user, video
-from tests.parity.test_engine import BATCH, check, make_engine, run
+from tests.parity.test_engine import BATCH, PARAMS, check, make_engine, run
 
 MAKERS = {"qwen2_vl": make_qwen2_vl, "qwen2_5_vl": make_qwen2_5_vl}
+SERVED = {
+    "kv_cache_gb": 0.02,
+    "encoder_cache_gb": 0.01,
+    "max_model_len": 2048,
+    "num_threads": 2,
+    "num_decode_threads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +54,12 @@ def asked(conversations, path):
 @pytest.fixture(scope="module")
 def model(path):
     return load_model(EngineConfig(path, device="cpu", dtype="float32", num_threads=2))
+
+
+@pytest.fixture(scope="module")
+def llm(path):
+    with LLM(path, **SERVED) as llm:
+        yield llm
 
 
 def test_answers_are_not_trivial(expected):
@@ -152,3 +168,39 @@ def test_positions_of_a_chunk_that_differ_are_other_blocks(model, asked, expecte
     block = engine.model.info.block_size
     alike = int(np.flatnonzero((moved != prompt.positions).any(0))[0])
     assert engine.stats()["prefix_cache_hit_tokens"] == alike // block * block
+
+
+def test_from_messages_to_words(llm, conversations, expected):
+    names = ["mixed", "video", "text_only"]
+    outs = llm.chat([conversations[name].messages for name in names], PARAMS)
+    for name, out in zip(names, outs, strict=True):
+        assert out.prompt_token_ids == expected[name]["input_ids"][0].tolist()
+        assert out.token_ids == expected[name]["new_token_ids"].tolist()
+    again = llm.chat(conversations["mixed"].messages, PARAMS)
+    assert again.token_ids == outs[0].token_ids
+    assert again.usage.cached_tokens > 0
+    assert all(record.cached for record in again.media)
+
+
+def test_the_same_frames_at_other_times(llm, path, model, media_files):
+    """Pixels and tokens are the same; Qwen2.5-VL alone sees the difference, whatever was kept of the other."""
+    frames = "data:video/jpeg;base64," + encode_video_base64(str(media_files["clip"]), num_frames=8)
+    questions = {str(fps): Case(str(fps), [user(video(frames, fps=fps), "When?")]) for fps in (4, 1)}
+    fast, slow = (llm.chat(question.messages, PARAMS) for question in questions.values())
+    assert fast.prompt_token_ids == slow.prompt_token_ids
+    assert (slow.token_ids != fast.token_ids) == ("qwen2_5_vl" in path)
+    for fps, prompt in build_prompts(questions, path).items():
+        tokens, _ = run(make_engine(model), {fps: prompt})[fps]
+        assert tokens == (fast if fps == "4" else slow).token_ids
+
+
+def test_a_video_is_made_to_fit(llm, media_files):
+    messages = [user(video(media_files["large"], num_frames=24, max_pixels=24 * 300_000), "What?")]
+    with pytest.raises(ContextLengthError, match=r"of the video's 24 frames would fit.*max_pixels to \d+") as refused:
+        llm.chat(messages, PARAMS)
+    number = int(refused.value.message.rpartition("max_pixels to ")[2].partition(";")[0])
+    less = [user(video(media_files["large"], num_frames=24, max_pixels=number), "What?")]
+    assert llm.chat(less, PARAMS).media[0].num_frames == 24
+    fitted = llm.chat(messages, PARAMS, media_overflow="fit")
+    assert fitted.usage.prompt_tokens > 0.7 * SERVED["max_model_len"]
+    assert any("media_overflow" in note for note in fitted.media[0].notes)
