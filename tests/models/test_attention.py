@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from filmstrip.models.batch import Batch
 from filmstrip.models.cpu_attention import CpuPagedAttention, plan_runs, plan_works
 from filmstrip.models.cuda_attention import CudaPagedAttention, find_varlen_attention, varlen_arguments
 from filmstrip.models.dense_attention import attend_dense
-from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.models.paged_attention import AttentionShape, PagedAttention, Span
 from tests.models.batches import pack, text_request
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -31,19 +32,40 @@ class Case:
     values: list[torch.Tensor]
 
 
-def reference_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Causal attention in float64: (n, Hq, D), (L, Hkv, D), (L, Hkv, D) -> (n, Hq, D)."""
+def reference_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    window: int | None = None,
+    spans: Sequence[tuple[int, int]] = (),
+) -> torch.Tensor:
+    """Attention in float64: (n, Hq, D), (L, Hkv, D), (L, Hkv, D) -> (n, Hq, D). ``spans`` are (start, end) of tokens."""
     query, keys, values = (tensor.double() for tensor in (query, keys, values))
     group = query.shape[1] // keys.shape[1]
     scores = torch.einsum("nhd,lhd->hnl", query, keys.repeat_interleave(group, 1)) * scaling
-    visible = torch.ones(len(query), len(keys), dtype=torch.bool).tril(len(keys) - len(query))
+    rows, columns = torch.arange(len(keys) - len(query), len(keys))[:, None], torch.arange(len(keys))
+    visible = columns <= rows
+    if window is not None:
+        visible &= rows - columns < window
+    for start, end in spans:
+        visible |= (start <= rows) & (rows < end) & (start <= columns) & (columns < end)
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     return torch.einsum("hnl,lhd->nhd", weights, values.repeat_interleave(group, 1))
 
 
-def run_case(attention: PagedAttention, lengths: list[tuple[int, int]], *, seed: int = 0, layer: int = 1) -> float:
+def run_case(
+    attention: PagedAttention,
+    lengths: list[tuple[int, int]],
+    *,
+    seed: int = 0,
+    layer: int = 1,
+    window: int | None = None,
+    spans: Sequence[tuple[int, int, int]] = (),
+) -> float:
     """Largest error of ``attention`` on requests of (rows, tokens): earlier tokens are stored first, then the rows attend.
 
+    ``spans`` are (request, start, end) of tokens that see each other both ways, as far as they are among the rows.
     Pages are filled with NaN before: what no token was written to must not be read.
     """
     shape, dtype = attention.shape, attention.dtype
@@ -79,7 +101,7 @@ def run_case(attention: PagedAttention, lengths: list[tuple[int, int]], *, seed:
             scaling,
         )
     chunks = [(request, length - rows, length) for request, (rows, length) in zip(requests, lengths, strict=True)]
-    step = attention.begin(pack(chunks, attention.block_size))
+    step = attention.begin(pack(chunks, attention.block_size), [batch_span(lengths, *span) for span in spans])
     new_keys, new_values = (
         torch.cat([tensor[len(tensor) - rows :] for tensor, (rows, _) in zip(tensors, lengths, strict=True)])
         for tensors in (keys, values)
@@ -88,12 +110,25 @@ def run_case(attention: PagedAttention, lengths: list[tuple[int, int]], *, seed:
     views = [
         tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (torch.cat(queries), new_keys, new_values)
     ]
-    output = step.attend(layer, *views, scaling)
+    output = step.attend(layer, *views, scaling, window)
     assert output.dtype == dtype
     assert output.is_contiguous()
-    expected = torch.cat([reference_attention(*qkv, scaling) for qkv in zip(queries, keys, values, strict=True)])
+    expected = torch.cat(
+        [
+            reference_attention(*qkv, scaling, window, [tuple(span) for request, *span in spans if request == i])
+            for i, qkv in enumerate(zip(queries, keys, values, strict=True))
+        ]
+    )
     assert torch.isfinite(output).all()
     return (output.double() - expected).abs().max().item()
+
+
+def batch_span(lengths: list[tuple[int, int]], request: int, start: int, end: int) -> Span:
+    """The part of a request's span that is in the batch of :func:`run_case`."""
+    num_rows, length = lengths[request]
+    first = max(start, length - num_rows)
+    first_row = sum(rows for rows, _ in lengths[:request]) + first - (length - num_rows)
+    return Span(first_row, end - first, start, end)
 
 
 def cpu_attention_of(dtype=torch.float32, *, heads=(4, 2), head_dim=32, block_size=None) -> CpuPagedAttention:
@@ -135,6 +170,48 @@ def test_cpu_long_contexts_are_split_among_threads(num_threads):
         assert run_case(cpu_attention_of(heads=(2, 1)), [(1, 3000), (2, 1501), (1, 7)]) < TOLERANCE[torch.float32]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 5, 32, 33, 100, 1000])
+@pytest.mark.parametrize("block_size", [1, 16, 20, 32])
+def test_cpu_windows(dtype, window, block_size):
+    lengths = [(1, 1), (1, 700), (5, 33), (40, 40), (3, 128), (90, 200), (1, 101)]
+    assert run_case(cpu_attention_of(dtype, block_size=block_size), lengths, window=window) < TOLERANCE[dtype]
+
+
+SPANS = [(0, 3, 30), (1, 70, 100), (1, 100, 131), (2, 0, 90), (3, 150, 200)]
+"""One inside a chunk, two that meet, a whole prompt, one that the chunk begins in the middle of."""
+SPAN_LENGTHS = [(40, 40), (80, 140), (90, 90), (30, 210), (1, 60)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 8, 64])
+@pytest.mark.parametrize("block_size", [8, 20, 32])
+def test_cpu_spans(dtype, window, block_size):
+    attention = cpu_attention_of(dtype, block_size=block_size)
+    assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_cpu_windows_and_spans_of_long_bf16_chunks(monkeypatch, window):
+    monkeypatch.setattr(cpu_attention, "cpu_has_bfloat16_units", lambda: True)
+    lengths, spans = [(600, 700), (1, 50), (130, 130)], [(0, 300, 420), (2, 0, 129)]
+    for shown in (spans, []):
+        attention = cpu_attention_of(torch.bfloat16, heads=(6, 2), head_dim=64)
+        assert run_case(attention, lengths, window=window, spans=shown) < TOLERANCE[torch.bfloat16]
+
+
+def test_cpu_layers_of_different_windows_share_a_step():
+    attention = cpu_attention_of(heads=(2, 1))
+    attention.allocate(10)
+    step = attention.begin(pack([(text_request(range(300), list(range(10))), 0, 300)], 32))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(300, heads, 32, generator=generator) for heads in (2, 1, 1))
+    for layer, window in ((0, 7), (1, None), (0, 50), (1, 7)):
+        output = step.attend(layer, query, key, value, 0.2, window)
+        expected = reference_attention(query, key, value, 0.2, window)
+        assert (output.double() - expected).abs().max() < TOLERANCE[torch.float32]
 
 
 def test_cpu_steps_can_be_repeated():
@@ -236,9 +313,11 @@ def test_openmp_library_of_pytorch_comes_first(tmp_path):
 
 
 def test_works_cover_every_row_and_token_once():
-    query_lens, context_lens = [1, 70, 0, 5], [900, 70, 33, 2000]
+    query_lens, first_rows, context_lens = [1, 70, 0, 5], [0, 1, 71, 71], [900, 70, 33, 2000]
+    ends = np.concatenate([np.arange(end - n, end) + 1 for n, end in zip(query_lens, context_lens, strict=True)])
+    starts = np.maximum(0, ends - 1500)
     works, num_partials = plan_works(
-        query_lens, [0, 1, 71, 71], context_lens, num_kv_heads=2, max_rows=32, block_size=32, num_threads=2
+        query_lens, first_rows, starts, ends, num_kv_heads=2, max_rows=32, block_size=32, num_threads=2
     )
     seen = {row: set() for row in range(76)}
     for work in works:
@@ -248,13 +327,10 @@ def test_works_cover_every_row_and_token_once():
             tokens = set(range(work["start"], work["end"]))
             assert not tokens & seen[row]
             seen[row] |= tokens
-            position = work["position"] + row - work["first_row"]
-            sequence = work["sequence"]
-            assert position == context_lens[sequence] - query_lens[sequence] + row - [0, 1, 71, 71][sequence]
+            assert work["sequence"] == (0 if row < 1 else 1 if row < 71 else 3)
     for row, tokens in seen.items():
-        sequence = 0 if row < 1 else 1 if row < 71 else 3
-        position = context_lens[sequence] - query_lens[sequence] + row - [0, 1, 71, 71][sequence]
-        assert set(range(position + 1)) <= tokens
+        assert set(range(starts[row], ends[row])) <= tokens
+        assert len(tokens) < ends[row] - starts[row] + 32 + 32  # rows of a tile, and the start of a page
     partials = [work["partial"] + work["split"] for work in works if work["num_splits"] > 1]
     assert sorted(partials) == list(range(num_partials))
     assert num_partials > 0
@@ -301,7 +377,8 @@ def fake_varlen_attention(
     block_table=None,
 ):
     """What ``varlen_attn`` documents, computed plainly, with the checks of its CUDA kernel."""
-    assert window_size == (-1, 0)
+    left, right = window_size  # how many tokens before and behind itself a token sees; -1: all
+    assert right == 0
     assert enable_gqa
     for tensor in (cu_seq_q, cu_seq_k, seqused_k, block_table):
         assert tensor.dtype == torch.int32
@@ -318,7 +395,8 @@ def fake_varlen_attention(
     for request, length in enumerate(lengths):
         keys, values = (pages[block_table[request].long()].flatten(0, 1)[:length] for pages in (key, value))
         rows = query[cu_seq_q[request] : cu_seq_q[request + 1]]
-        outputs.append(reference_attention(rows, keys, values, scale).to(query.dtype))
+        window = None if left == -1 else left + 1
+        outputs.append(reference_attention(rows, keys, values, scale, window).to(query.dtype))
     return torch.cat(outputs)
 
 
@@ -328,7 +406,10 @@ def test_cuda_backend_tells_the_kernel_about_the_batch(monkeypatch):
     attention = CudaPagedAttention(AttentionShape(2, 6, 2, 64), torch.bfloat16, CPU)
     assert attention.varlen is fake_varlen_attention
     assert attention.block_size == 256
-    assert run_case(attention, [(1, 300), (40, 40), (5, 257), (1, 1)]) < TOLERANCE[torch.bfloat16]
+    for window in (None, 1, 33, 300):
+        lengths = [(1, 300), (40, 40), (5, 257), (1, 1)]
+        assert run_case(attention, lengths, window=window) < TOLERANCE[torch.bfloat16]
+        assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -337,7 +418,9 @@ def test_cuda_backend_gathers_where_it_must(dtype, caplog):
     assert attention.varlen is None
     assert attention.block_size == 32
     assert "gathers K and V pages" in caplog.text
-    assert run_case(attention, [(1, 300), (40, 40), (5, 257), (1, 1)]) < TOLERANCE[dtype]
+    for window in (None, 1, 33, 300):
+        assert run_case(attention, [(1, 300), (40, 40), (5, 257), (1, 1)], window=window) < TOLERANCE[dtype]
+        assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
@@ -391,7 +474,8 @@ def test_installed_varlen_attention_takes_our_arguments():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_attention_on_a_gpu(dtype):
+@pytest.mark.parametrize(("window", "spans"), [(None, []), (100, []), (None, [Span(1, 200, 0, 200)])])
+def test_cuda_attention_on_a_gpu(dtype, window, spans):
     device = torch.device("cuda", 0)
     attention = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, device)
     host = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, CPU, attention.block_size)
@@ -416,5 +500,5 @@ def test_cuda_attention_on_a_gpu(dtype):
         query, key, value = (
             torch.randn(batch.num_tokens, heads, 128, generator=tensors).to(target, dtype) for heads in (16, 8, 8)
         )
-        outputs.append(backend.begin(batch).attend(1, query, key, value, 128**-0.5).cpu())
+        outputs.append(backend.begin(batch, spans).attend(1, query, key, value, 128**-0.5, window).cpu())
     assert (outputs[0].double() - outputs[1].double()).abs().max() < TOLERANCE[dtype]

@@ -36,12 +36,17 @@ def paged_attention_forward(
         raise ValueError(f"attention {ATTENTION_NAME!r} needs the keyword argument paged_step")
     if attention_mask is not None:
         raise ValueError(f"attention {ATTENTION_NAME!r} is causal per request and takes no mask")
-    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
+    for name in ("softcap", "position_bias", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"attention {ATTENTION_NAME!r} does not implement {name}")
     layer_index: int = module.layer_idx  # type: ignore[assignment]
     output = paged_step.attend(
-        layer_index, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling
+        layer_index,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        options.get("sliding_window"),
     )
     return output.unsqueeze(0), None
 

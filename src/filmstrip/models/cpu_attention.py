@@ -19,7 +19,7 @@ from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 from filmstrip.models.cpu_simd import VECTOR
 from filmstrip.models.cpu_threads import run_on_threads
 from filmstrip.models.dense_attention import attend_dense
-from filmstrip.models.paged_attention import AttentionShape
+from filmstrip.models.paged_attention import AttentionShape, Span, VisibleTokens
 
 DEFAULT_BLOCK_SIZE = 32
 """Two vectors of scores, what the kernels hold in registers at once."""
@@ -67,9 +67,9 @@ class CpuPagedAttention:
             value_pages = torch.zeros(num_blocks, heads, self.block_size, self.value_columns, dtype=self.dtype)
             self.pages.append((key_pages, value_pages))
 
-    def begin(self, batch: Batch) -> CpuAttentionStep:
-        """Prepare the forward pass of ``batch``."""
-        return CpuAttentionStep(self, batch)
+    def begin(self, batch: Batch, spans: Sequence[Span] = ()) -> CpuAttentionStep:
+        """Prepare the forward pass of ``batch``, whose rows in ``spans`` see each other both ways."""
+        return CpuAttentionStep(self, batch, VisibleTokens(batch, spans))
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,22 @@ class _LongChunk:
     runs: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What layers of one window share: work for the kernels, and memory for results of splits."""
+
+    works: np.ndarray
+    row_starts: np.ndarray
+    partials: np.ndarray
+    pending: np.ndarray
+
+
 class CpuAttentionStep:
     """One forward pass on CPU: work lists and scratch memory are made once, then used by every layer."""
 
-    def __init__(self, attention: CpuPagedAttention, batch: Batch) -> None:
+    def __init__(self, attention: CpuPagedAttention, batch: Batch, visible: VisibleTokens) -> None:
         self._attention = attention
+        self._batch, self._visible = batch, visible
         shape = attention.shape
         group, num_threads = shape.num_query_heads_per_kv_head, torch.get_num_threads()
         self._block_tables = np.ascontiguousarray(batch.block_tables.numpy(), dtype=np.int32)
@@ -93,21 +104,12 @@ class CpuAttentionStep:
         self._long_chunks = self._plan_long_chunks(batch)
         longest = max((chunk.length for chunk in self._long_chunks), default=0)
         self._gathered = torch.empty(2, shape.num_kv_heads * longest * shape.head_dim, dtype=attention.dtype)
-        self._works, num_partials = plan_works(
-            [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
-            np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
-            batch.context_lens_list,
-            num_kv_heads=shape.num_kv_heads,
-            max_rows=max(1, MAX_ROWS_PER_WORK // group),
-            block_size=attention.block_size,
-            num_threads=num_threads,
-        )
-        max_rows = int(self._works["num_rows"].max(initial=1)) * group
+        short = [num_rows for num_rows in batch.query_lens if not self._is_long(num_rows)]
+        max_rows = min(max(short, default=0) or 1, max(1, MAX_ROWS_PER_WORK // group)) * group
         row_size = scratch_row(shape.head_dim, attention.key_columns, attention.value_columns)
-        partial_size = max_rows * (attention.value_columns + VECTOR)
+        self._partial_size = max_rows * (attention.value_columns + VECTOR)
         self._scratch = np.empty((num_threads, max_rows * row_size), dtype=np.float32)
-        self._partials = np.empty((num_partials * shape.num_kv_heads, partial_size), dtype=np.float32)
-        self._pending = np.zeros(num_partials * shape.num_kv_heads, dtype=np.int64)
+        self._plans: dict[int | None, _Plan] = {}
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
         self._set(
@@ -118,9 +120,8 @@ class CpuAttentionStep:
             scratch=self._scratch.ctypes.data,
             scratch_stride=self._scratch.shape[1],
             max_rows=max_rows,
-            partials=self._partials.ctypes.data,
-            partial_stride=partial_size,
-            pending=self._pending.ctypes.data,
+            row_ends=visible.ends.ctypes.data,
+            partial_stride=self._partial_size,
             num_kv_heads=shape.num_kv_heads,
             group=group,
             head_dim=shape.head_dim,
@@ -130,7 +131,13 @@ class CpuAttentionStep:
         )
 
     def attend(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
     ) -> torch.Tensor:
         """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
         kernels, (key_pages, value_pages) = self._attention.kernels, self._attention.pages[layer_index]
@@ -139,22 +146,55 @@ class CpuAttentionStep:
         self._set_tokens(key, value)
         self._run(kernels.store, self._store_runs)
         output = torch.empty(query.shape, dtype=torch.float32)
-        if len(self._works):
+        plan = self._plan(window)
+        if len(plan.works):
             scaled = (query.to(torch.float32) * (scaling * math.log2(math.e))).contiguous()
-            self._set(query=scaled.data_ptr(), output=output.data_ptr())
-            self._run(kernels.attend, self._works)
+            self._set(
+                query=scaled.data_ptr(),
+                output=output.data_ptr(),
+                row_starts=plan.row_starts.ctypes.data,
+                partials=plan.partials.ctypes.data,
+                pending=plan.pending.ctypes.data,
+            )
+            self._run(kernels.attend, plan.works)
         for chunk in self._long_chunks:
-            output[chunk.rows] = self._attend_gathered(chunk, query[chunk.rows], scaling)
+            output[chunk.rows] = self._attend_gathered(chunk, query[chunk.rows], scaling, window)
         return output.to(query.dtype)
 
-    def _attend_gathered(self, chunk: _LongChunk, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _plan(self, window: int | None) -> _Plan:
+        """Work of layers that see ``window`` tokens back, made when the first of them asks."""
+        if window not in self._plans:
+            attention, batch, num_heads = self._attention, self._batch, self._attention.shape.num_kv_heads
+            row_starts = self._visible.starts(window)
+            works, num_partials = plan_works(
+                [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
+                np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
+                row_starts,
+                self._visible.ends,
+                num_kv_heads=num_heads,
+                max_rows=max(1, MAX_ROWS_PER_WORK // attention.shape.num_query_heads_per_kv_head),
+                block_size=attention.block_size,
+                num_threads=torch.get_num_threads(),
+            )
+            self._plans[window] = _Plan(
+                works,
+                row_starts,
+                np.empty((num_partials * num_heads, self._partial_size), dtype=np.float32),
+                np.zeros(num_partials * num_heads, dtype=np.int64),
+            )
+        return self._plans[window]
+
+    def _attend_gathered(
+        self, chunk: _LongChunk, query: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
         """Attention of one long chunk over a contiguous copy of its request's pages."""
         shape = self._attention.shape
         size = shape.num_kv_heads * chunk.length * shape.head_dim
         keys, values = (part[:size].view(shape.num_kv_heads, chunk.length, -1) for part in self._gathered)
         self._set_tokens(keys.transpose(0, 1), values.transpose(0, 1))
         self._run(self._attention.kernels.gather, chunk.runs)
-        return attend_dense(query.to(keys.dtype), keys, values, scaling)
+        visible = self._visible.bounds(chunk.rows, window)
+        return attend_dense(query.to(keys.dtype), keys, values, scaling, visible)
 
     def _plan_long_chunks(self, batch: Batch) -> list[_LongChunk]:
         chunks, row = [], 0
@@ -194,7 +234,8 @@ class CpuAttentionStep:
 def plan_works(
     query_lens: Sequence[int],
     first_rows: Sequence[int],
-    context_lens: Sequence[int],
+    row_starts: np.ndarray,
+    row_ends: np.ndarray,
     *,
     num_kv_heads: int,
     max_rows: int,
@@ -204,28 +245,29 @@ def plan_works(
     """Attention work for the kernels, records :data:`WORK`, most expensive first, and the number of partial results.
 
     Requests are cut into tiles of ``max_rows`` rows (one with 0 rows has no work); a tile over a long context is split
-    until all threads have enough to do.
+    until all threads have enough to do. A row of the batch sees tokens ``row_starts`` to ``row_ends`` of its request.
     """
     tiles = []
-    for sequence, (num_rows, first_row, length) in enumerate(zip(query_lens, first_rows, context_lens, strict=True)):
-        for start in range(0, num_rows, max_rows):
-            rows = min(max_rows, num_rows - start)
-            position = length - num_rows + start
-            tiles.append((sequence, first_row + start, rows, position, position + rows))
-    num_tokens = sum(tile[-1] for tile in tiles) * num_kv_heads
+    for sequence, (num_rows, first_row) in enumerate(zip(query_lens, first_rows, strict=True)):
+        for row in range(first_row, first_row + num_rows, max_rows):
+            rows = min(max_rows, first_row + num_rows - row)
+            first = int(row_starts[row : row + rows].min()) // block_size * block_size
+            tiles.append((sequence, row, rows, first, int(row_ends[row : row + rows].max())))
+    num_tokens = sum(end - first for *_, first, end in tiles) * num_kv_heads
     split_length = (
         num_tokens + 1
         if num_threads == 1
         else max(MIN_TOKENS_PER_SPLIT, num_tokens // (num_threads * WORKS_PER_THREAD))
     )
     works, num_partials = [], 0
-    for sequence, first_row, rows, position, length in tiles:
+    for sequence, first_row, rows, first, last in tiles:
+        length = last - first
         step = -(-length // -(-length // split_length))
         step = -(-step // block_size) * block_size
-        starts = range(0, length, step)
+        starts = range(first, last, step)
         for split, start in enumerate(starts):
-            end = min(length, start + step)
-            works.append((sequence, first_row, rows, position, start, end, len(starts), split, num_partials))
+            end = min(last, start + step)
+            works.append((sequence, first_row, rows, start, end, len(starts), split, num_partials))
         num_partials += len(starts) if len(starts) > 1 else 0
     records = np.array(works, dtype=WORK)
     cost = (records["end"] - records["start"]) * records["num_rows"]

@@ -63,6 +63,8 @@ ARGUMENTS = np.dtype(
             "values",
             "value_token_stride",
             "value_head_stride",
+            "row_starts",  # int64 (N,): the first token of its request that each row sees
+            "row_ends",  # int64 (N,): the first behind those
         )
     ]
 )
@@ -71,11 +73,11 @@ ARGUMENTS = np.dtype(
 WORK = np.dtype(
     [
         (name, np.int64)
-        for name in ("sequence", "first_row", "num_rows", "position", "start", "end", "num_splits", "split", "partial")
+        for name in ("sequence", "first_row", "num_rows", "start", "end", "num_splits", "split", "partial")
     ]
 )
-"""Attention work: a request, rows of the packed batch, the position of the first, the tokens to see (``start`` at the start
-of a page), how many splits they have, which this is, and the index of the first split's partial result."""
+"""Attention work: a request, rows of the packed batch, the tokens that any of them sees (``start`` at the start of a page),
+how many splits they have, which this is, and the index of the first split's partial result."""
 
 RUN = np.dtype([(name, np.int64) for name in ("token", "length", "block", "offset")])
 """A run to copy: consecutive tokens from or to consecutive slots of one block."""
@@ -195,12 +197,16 @@ def multiply(
 
 
 @njit(error_model="numpy", fastmath=_FLAGS)
-def softmax_row(scores: Any, limit: int, output: Any, state: Any) -> None:
+def softmax_row(scores: Any, first: int, limit: int, output: Any, state: Any) -> None:
     """One step of online softmax on one row.
 
-    ``scores[:limit]`` (whole vectors long in all) become weights 2^(score - maximum), the rest 0; ``state`` holds the
+    ``scores[first:limit]`` (whole vectors long in all) become weights 2^(score - maximum), the rest 0; ``state`` holds the
     maximum so far and the sum of weights; ``output`` is rescaled when the maximum grows.
     """
+    if first >= limit:
+        first = limit = 0
+    for t in range(first):
+        scores[t] = _LOWEST
     for t in range(limit, len(scores)):
         scores[t] = _LOWEST
     num_vectors = (limit + VECTOR - 1) // VECTOR
@@ -236,6 +242,9 @@ def _attend_work(arg: Any, work: Any, head: int, half: int, q: Any, output: Any,
         output[row] = np.float32(0.0)
         state[row, 0] = _LOWEST
         state[row, 1] = np.float32(0.0)
+    num_tokens = work.first_row + work.num_rows
+    row_starts: Any = carray(pointer_to(arg.row_starts, np.int64), (num_tokens,))
+    row_ends: Any = carray(pointer_to(arg.row_ends, np.int64), (num_tokens,))
     # Pages without padding lie side by side in a tile of scores.
     tile_pages = max(1, TILE_COLUMNS // block_size) if key_columns == block_size else 1
     tile = carray(pointer_to(scores.ctypes.data, np.float32), (rows, tile_pages * key_columns))
@@ -261,8 +270,9 @@ def _attend_work(arg: Any, work: Any, head: int, half: int, q: Any, output: Any,
                 _ahead(table, index, num_blocks, num_heads) * key_page,
             )
         for row in range(rows):
-            visible = work.position + row // arg.group + 1 - base
-            softmax_row(tile[row], max(0, min(valid, visible)), output[row], state[row])
+            token = work.first_row + row // arg.group
+            visible = max(0, min(valid, row_ends[token] - base))
+            softmax_row(tile[row], max(0, row_starts[token] - base), visible, output[row], state[row])
         for index in range(first, last + 1):
             page = np.int64(table[index]) * num_heads + head
             multiply(

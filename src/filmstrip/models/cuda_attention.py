@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from filmstrip.models.batch import Batch
 from filmstrip.models.dense_attention import attend_dense
-from filmstrip.models.paged_attention import AttentionShape
+from filmstrip.models.paged_attention import AttentionShape, Span, VisibleTokens
 
 logger = logging.getLogger(__name__)
 
@@ -59,31 +59,39 @@ class CudaPagedAttention:
             key_pages, value_pages = (torch.zeros(page_shape, dtype=self.dtype, device=self.device) for _ in range(2))
             self.pages.append((key_pages, value_pages))
 
-    def begin(self, batch: Batch) -> CudaAttentionStep:
-        """Prepare the forward pass of ``batch``."""
-        return CudaAttentionStep(self, batch)
+    def begin(self, batch: Batch, spans: Sequence[Span] = ()) -> CudaAttentionStep:
+        """Prepare the forward pass of ``batch``, whose rows in ``spans`` see each other both ways."""
+        return CudaAttentionStep(self, batch, VisibleTokens(batch, spans))
 
 
 class CudaAttentionStep:
-    """One forward pass on a CUDA device."""
+    """One forward pass on a CUDA device. Flash attention has no spans: a step that has some gathers pages."""
 
-    def __init__(self, attention: CudaPagedAttention, batch: Batch) -> None:
+    def __init__(self, attention: CudaPagedAttention, batch: Batch, visible: VisibleTokens) -> None:
         self._attention = attention
-        self._batch = batch
-        self._varlen_arguments = varlen_arguments(batch) if attention.varlen else {}
+        self._batch, self._visible = batch, visible
+        self._varlen = None if visible.has_spans else attention.varlen
+        self._varlen_arguments = varlen_arguments(batch) if self._varlen else {}
 
     def attend(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
     ) -> torch.Tensor:
         """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
         key_pages, value_pages = self._attention.pages[layer_index]
         key_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
         value_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
-        if self._attention.varlen is None:
-            return attend_gathered(self._batch, query, key_pages, value_pages, scaling)
-        return self._attention.varlen(
-            query.contiguous(), key_pages, value_pages, scale=scaling, **self._varlen_arguments
+        if self._varlen is None:
+            return attend_gathered(self._batch, query, key_pages, value_pages, scaling, self._visible, window)
+        arguments = (
+            self._varlen_arguments if window is None else self._varlen_arguments | {"window_size": (window - 1, 0)}
         )
+        return self._varlen(query.contiguous(), key_pages, value_pages, scale=scaling, **arguments)
 
 
 def varlen_arguments(batch: Batch) -> dict[str, Any]:
@@ -107,7 +115,13 @@ def varlen_arguments(batch: Batch) -> dict[str, Any]:
 
 
 def attend_gathered(
-    batch: Batch, query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scaling: float
+    batch: Batch,
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    scaling: float,
+    visible: VisibleTokens,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of each request over a contiguous copy of its pages (num_blocks, block_size, num_kv_heads, head_dim)."""
     block_size = key_pages.shape[1]
@@ -117,7 +131,7 @@ def attend_gathered(
         used = blocks[: -(-length // block_size)]
         keys, values = (pages[used].flatten(0, 1)[:length].transpose(0, 1) for pages in (key_pages, value_pages))
         rows = slice(start, start + num_rows)
-        output[rows] = attend_dense(query[rows], keys, values, scaling)
+        output[rows] = attend_dense(query[rows], keys, values, scaling, visible.bounds(rows, window))
         start += num_rows
     return output
 
@@ -184,6 +198,7 @@ def probe_varlen_attention(
         output = varlen(query, key_pages, value_pages, scale=scaling, **varlen_arguments(batch))
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return f"varlen_attn refuses pages here ({str(error).splitlines()[0][:200]})"
-    expected = attend_gathered(batch, query.float(), key_pages.float(), value_pages.float(), scaling)
+    pages = (key_pages.float(), value_pages.float())
+    expected = attend_gathered(batch, query.float(), *pages, scaling, VisibleTokens(batch))
     difference = (output.float() - expected).abs().max().item()
     return "" if difference < 0.05 else f"varlen_attn is off by {difference:.2g} on a small case"

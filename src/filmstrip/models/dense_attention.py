@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -9,23 +10,48 @@ ROWS_PER_MASK = 512
 """Rows that go through attention together where a mask is needed, which bounds the mask and skips what no row sees."""
 
 
-def attend_dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Causal attention of the last n of L tokens over all L.
+Bounds = tuple[np.ndarray, np.ndarray]
+"""int64 (n,) each: the first key that every row sees, and the first behind those."""
+
+
+def attend_dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, bounds: Bounds | None = None
+) -> torch.Tensor:
+    """Attention of the last n of L tokens over all L, causal unless ``bounds`` say what each of them sees.
 
     ``query`` is (n, num_query_heads, head_dim), ``keys`` and ``values`` are (num_kv_heads, L, head_dim); returns
-    (n, num_query_heads, head_dim). Query row i sees keys 0 .. L - n + i (a causal mask aligned at the lower right).
+    (n, num_query_heads, head_dim). Without ``bounds`` row i sees keys 0 .. L - n + i (a causal mask aligned at the lower
+    right).
     """
     num_rows, length, group = len(query), keys.shape[1], query.shape[1] // keys.shape[0]
     # One batch entry per K and V head; its query heads share K and V by a stride of 0 instead of copies.
     rows = query.transpose(0, 1).unflatten(0, (-1, group))
     keys, values = (tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
-    if num_rows in (1, length):
+    if bounds is not None:
+        output = _attend_within(rows, keys, values, scaling, bounds)
+    elif num_rows in (1, length):
         output = F.scaled_dot_product_attention(rows, keys, values, is_causal=num_rows > 1, scale=scaling)
     elif query.device.type == "cpu":
         output = _attend_in_two_parts(rows, keys, values, scaling)
     else:
         output = _attend_with_masks(rows, keys, values, scaling)
     return output.flatten(0, 1).transpose(0, 1)
+
+
+def _attend_within(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, bounds: Bounds
+) -> torch.Tensor:
+    """Slabs of rows, each with a mask over the keys that any of them sees."""
+    outputs = []
+    for start in range(0, rows.shape[2], ROWS_PER_MASK):
+        slab = rows[:, :, start : start + ROWS_PER_MASK]
+        starts, ends = (bound[start : start + ROWS_PER_MASK] for bound in bounds)
+        first, last = int(starts.min()), int(ends.max())
+        columns = np.arange(first, last)
+        mask = torch.from_numpy((columns >= starts[:, None]) & (columns < ends[:, None])).to(rows.device)
+        seen = (keys[:, :, first:last], values[:, :, first:last])
+        outputs.append(F.scaled_dot_product_attention(slab, *seen, attn_mask=mask, scale=scaling))
+    return torch.cat(outputs, dim=2)
 
 
 def _attend_in_two_parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:

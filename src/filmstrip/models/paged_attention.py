@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from filmstrip.models.batch import Batch
@@ -25,17 +27,68 @@ class AttentionShape:
         return self.num_query_heads // self.num_kv_heads
 
 
+@dataclass(frozen=True)
+class Span:
+    """Rows of a batch that see each other both ways: tokens ``start`` to ``end`` of their request, itself among them.
+
+    ``num_rows`` rows from ``first_row`` on; all tokens of the span are in the cache once this step's are written.
+    """
+
+    first_row: int
+    num_rows: int
+    start: int
+    end: int
+
+
+class VisibleTokens:
+    """Which tokens of its request each of N packed rows sees: those before it, itself, and its span's."""
+
+    def __init__(self, batch: Batch, spans: Sequence[Span] = ()) -> None:
+        lens = zip(batch.query_lens, batch.context_lens_list, strict=True)
+        positions = np.concatenate([np.arange(length - num_rows, length) for num_rows, length in lens])
+        self._positions = self._starts = positions.astype(np.int64)
+        self.ends = self._positions + 1
+        """int64 (N,): first token of its request behind those that the row sees."""
+        if spans:
+            self._starts = self._positions.copy()
+        for span in spans:
+            rows = slice(span.first_row, span.first_row + span.num_rows)
+            self._starts[rows], self.ends[rows] = span.start, span.end
+        self.has_spans = bool(spans)
+
+    def starts(self, window: int | None) -> np.ndarray:
+        """int64 (N,): the first token that each row sees in layers where a token sees ``window`` tokens, itself included.
+
+        A span is seen whole, however far it reaches back. None: all.
+        """
+        if window is None:
+            return np.zeros_like(self._positions)
+        return np.minimum(np.maximum(self._positions - window + 1, 0), self._starts)
+
+    def bounds(self, rows: slice, window: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """Starts and ends of what ``rows`` see, if that is not just all tokens up to themselves."""
+        if window is None and not self.has_spans:
+            return None
+        return self.starts(window)[rows], self.ends[rows]
+
+
 class AttentionStep(Protocol):
     """One forward pass: what is the same for all layers has been worked out once."""
 
     def attend(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Store K and V of the N packed tokens, return softmax(scaling * Q K^T) V over each token's request.
 
         ``query`` is (N, num_query_heads, head_dim), ``key`` and ``value`` are (N, num_kv_heads, head_dim), of any strides;
         the result is contiguous (N, num_query_heads, head_dim) in the dtype of ``query``. A token sees the tokens of its
-        own request up to and including itself.
+        own request up to and including itself, of those the last ``window`` if given, and its whole span.
         """
         ...
 
@@ -52,6 +105,6 @@ class PagedAttention(Protocol):
         """Make ``num_blocks`` pages for every layer; pages made before are dropped."""
         ...
 
-    def begin(self, batch: Batch) -> AttentionStep:
-        """Prepare the forward pass of ``batch``."""
+    def begin(self, batch: Batch, spans: Sequence[Span] = ()) -> AttentionStep:
+        """Prepare the forward pass of ``batch``, whose rows in ``spans`` see each other both ways."""
         ...
