@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from filmstrip.config import EngineConfig
-from filmstrip.errors import ModelLoadError
 from filmstrip.models import qwen_vl
 from filmstrip.models.base import EncoderInput
 from filmstrip.models.loader import load_model
@@ -89,15 +88,26 @@ def test_tied_word_embeddings(tmp_path):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_sliding_windows_over_text_are_refused(tmp_path):
+def test_sliding_windows_over_text(tmp_path):
+    """In the layers that have one; the engine may compute a prompt in parts."""
     path = make_qwen2_vl(tmp_path / "sliding")
     file = tmp_path / "sliding" / "config.json"
     fields = json.loads(file.read_text())
-    fields["text_config"] |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    fields["text_config"] |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     fields["text_config"].pop("layer_types", None)
     file.write_text(json.dumps(fields))
-    with pytest.raises(ModelLoadError, match="last 64 tokens only"):
-        load(path)
+    model, reference = load(path), reference_of(path)
+    assert set(reference.config.text_config.layer_types) == {"full_attention", "sliding_attention"}
+    model.allocate_kv_cache(16)
+    ids = list(range(40, 140))
+    request = text_request(ids, list(range(16)))
+    logits = [
+        model.forward(pack([(request, start, end)], 8, all_logits=True))
+        for start, end in ((0, 45), (45, 90), (90, 100))
+    ]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=0)
 
 
 def test_bfloat16_is_near(models, tmp_path):

@@ -27,9 +27,17 @@ def prompts():
     return {str(length): ProcessedPrompt(row[:length].tolist()) for length, row in zip(LENGTHS, token_ids, strict=True)}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+SLIDING = {
+    "MistralForCausalLM-sliding": {"sliding_window": 40},
+    "Qwen2ForCausalLM-sliding": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+}
+"""Windows shorter than the prompts, in all layers and in some."""
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *SLIDING])
 def path(request, tmp_path_factory):
-    return make_text(tmp_path_factory.mktemp("text"), request.param)
+    architecture, fields = request.param.partition("-")[0], SLIDING.get(request.param, {})
+    return make_text(tmp_path_factory.mktemp("text"), architecture, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +121,6 @@ def test_from_messages_to_words(architecture, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "fields", "named"),
     [
-        ("MistralForCausalLM", {"sliding_window": 128}, "last 128 tokens only"),
-        (
-            "Qwen2ForCausalLM",
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-            "last 64 tokens",
-        ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,17 +94,13 @@ def paged_text(config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int =
 
 def check_supported(config: Any, architecture: str) -> None:
     """Raise :class:`ModelLoadError` if a text model with this Transformers ``config`` would be computed wrongly."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",)):
-        raise ModelLoadError(
-            f"this {architecture} checkpoint attends to the last {window} tokens only, in some or all of its layers "
-            "(sliding_window in config.json), which is not supported",
-            param="model",
-        )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in _ROPE_TYPES_OF_LENGTH:
-        raise ModelLoadError(
-            f"this {architecture} checkpoint has rotary embeddings of the type {rope_type!r} (config.json), which is not "
-            "supported",
-            param="model",
-        )
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Where layers differ, each kind of layer has parameters of its own.
+    for each in (parameters, *(values for values in parameters.values() if isinstance(values, Mapping))):
+        rope_type = each.get("rope_type", "default")
+        if rope_type in _ROPE_TYPES_OF_LENGTH:
+            raise ModelLoadError(
+                f"this {architecture} checkpoint has rotary embeddings of the type {rope_type!r} (config.json), which is "
+                "not supported",
+                param="model",
+            )
