@@ -185,7 +185,7 @@ class _Answer:
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._media_tokens = {
             modality: sum(r.length for f in prompt.features if f.modality is modality for r in f.segments)
-            for modality in (Modality.IMAGE, Modality.VIDEO)
+            for modality in Modality
         }
         self._cached_tokens = 0
         self._text = ""
@@ -224,6 +224,7 @@ class _Answer:
             cached_tokens=self._cached_tokens,
             image_tokens=self._media_tokens[Modality.IMAGE],
             video_tokens=self._media_tokens[Modality.VIDEO],
+            time_series_tokens=self._media_tokens[Modality.TIME_SERIES],
         )
         return RequestOutput(
             request_id=self._request_id,

@@ -242,6 +242,20 @@ class FramePlan:
 
 
 @dataclass(frozen=True)
+class SeriesPlan:
+    """What of a time series is shown, as plain data: its first ``num_samples`` samples of ``num_channels`` values each.
+
+    The model looks at them in windows of twice ``hop`` samples that begin ``hop`` apart.
+    """
+
+    num_samples: int
+    num_channels: int
+    hop: int
+    num_tokens: int
+    """Placeholder tokens of the item."""
+
+
+@dataclass(frozen=True)
 class Normalization:
     """``(x - 255*mean) / (255*std)`` per channel, as the reference processors fuse rescaling and normalising."""
 
@@ -270,15 +284,19 @@ class MediaFeature:
     range per independently encodable piece, in order: for a Qwen3-VL video one per temporal group (``grid_thw[0]`` of
     them), for an image one. All segments of an item have the same number of patch rows. ``source_size`` is (height, width)
     before resizing, which families with padded tiles need.
+
+    Of a time series ``patches`` are float32 samples (num_samples, num_channels), normalised already (``normalization`` is
+    None) and in one segment; ``hop`` is how many samples lie between the beginnings of its windows.
     """
 
     modality: Modality
     patches: SharedTensor
     grid_thw: tuple[int, int, int]
-    normalization: Normalization
+    normalization: Normalization | None
     media_hash: str
     segments: tuple[PlaceholderRange, ...]
     source_size: tuple[int, int] = (0, 0)
+    hop: int = 0
 
 
 @dataclass(frozen=True)
@@ -295,6 +313,9 @@ class MediaRecord:
     cached: bool
     """True if nothing of it was decoded for this request."""
     notes: list[str] = field(default_factory=list)
+    num_samples: int | None = None
+    """Samples of a time series that were looked at; it has no frames and no size in pixels."""
+    num_channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -396,6 +417,7 @@ class Usage:
     cached_tokens: int = 0
     image_tokens: int = 0
     video_tokens: int = 0
+    time_series_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

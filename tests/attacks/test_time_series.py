@@ -18,7 +18,8 @@ from filmstrip.errors import FilmstripError, InvalidRequestError
 from filmstrip.media.loader import MediaLoader
 from filmstrip.types import MediaItem, Modality
 from tests.attacks.forge import npy, npy_of, wav
-from tests.attacks.harness import Case, attacks, data_url
+from tests.attacks.harness import AttackedServer, Case, attacks, data_url, question
+from tests.models.interns1_pro import make_interns1_pro
 
 MARK = Path(tempfile.gettempdir()) / f"attack-code-ran-{os.getpid()}"
 
@@ -94,6 +95,38 @@ HOSTILE = {
 def test_the_server_refuses_them_whatever_they_are_sent_as(server, case, kind, stream):
     server.check_refused(case, kind, stream, url=data_url(HOSTILE[case.name], "application/octet-stream"))
     assert not MARK.exists()
+
+
+@pytest.fixture(scope="module")
+def series_server(clip, tmp_path_factory):
+    """A server whose model takes time series."""
+    model = make_interns1_pro(tmp_path_factory.mktemp("interns1_pro"))
+    with AttackedServer(model, None, clip, tmp_path_factory.mktemp("attack-tls")) as server:
+        yield server
+
+
+@attacks(Case(name, modalities=("time_series_url",)) for name in HOSTILE)
+def test_a_server_with_such_a_model_refuses_them(series_server, case, kind, stream):
+    error = series_server.check_refused(
+        case, kind, stream, url=data_url(HOSTILE[case.name], "application/octet-stream")
+    )
+    assert "takes no" not in error["message"]
+    assert not MARK.exists()
+
+
+@pytest.mark.parametrize("rate", [0, -1, 1e300, float("nan"), float("inf"), True, "8000", [8000], {}])
+def test_impossible_rates_in_a_request(series_server, rate):
+    case = Case("A46-sampling-rate", part={"sampling_rate": rate}, param="messages[0].content[0].time_series_url")
+    error = series_server.check_refused(
+        case, "time_series_url", False, url=data_url(GOOD["npy"], "application/octet-stream")
+    )
+    assert "sampling_rate" in error["param"]
+
+
+def test_a_server_with_such_a_model_answers_good_ones(series_server):
+    for data in GOOD.values():
+        answer = series_server.post(question(data_url(data, "application/octet-stream"), "time_series_url"))
+        assert answer.status_code == 200, answer.text
 
 
 GOOD = {

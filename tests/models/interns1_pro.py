@@ -20,6 +20,8 @@ TIME_SERIES_TEMPLATE = CHAT_TEMPLATE.replace(
     "{%- elif 'text' in part -%}",
     "{%- elif part.type == 'time_series' -%}\n{{- '<|ts|><TS_CONTEXT><|/ts|>' -}}\n{%- elif 'text' in part -%}",
 )
+IMAGE_SIZE = {"shortest_edge": 4096, "longest_edge": 32 * 1024}
+VIDEO_SIZE = {"shortest_edge": 4096, "longest_edge": 128 * 1024}
 TIME_SERIES = {
     "d_model": 32,
     "num_mel_bins": 20,
@@ -79,8 +81,8 @@ def make_interns1_pro(
     write_processor_configs(
         path,
         model.config.vision_config,
-        {"shortest_edge": 4096, "longest_edge": 32 * 1024},
-        {"shortest_edge": 4096, "longest_edge": 128 * 1024},
+        IMAGE_SIZE,
+        VIDEO_SIZE,
     )
     return str(path)
 

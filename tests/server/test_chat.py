@@ -20,6 +20,7 @@ USAGE = {
         "text_tokens": 13,
         "image_tokens": 5,
         "video_tokens": 12,
+        "time_series_tokens": 0,
         "audio_tokens": 0,
     },
     "completion_tokens_details": {
@@ -41,6 +42,8 @@ MEDIA = [
         "num_tokens": 12,
         "cached": False,
         "notes": ["2 fps assumed"],
+        "num_samples": None,
+        "num_channels": None,
     }
 ]
 

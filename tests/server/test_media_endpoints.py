@@ -83,6 +83,9 @@ def test_a_plan_says_what_the_file_is_and_which_frames_are_seen(server, clip):
         "has_audio": False,
         "timing_assumed": False,
         "video_backend": "pyav",
+        "num_samples": None,
+        "num_channels": None,
+        "sampling_rate": None,
     }
     indices = np.linspace(0, NUM_FRAMES - 1, 8).astype(int).tolist()
     assert item["frame_indices"] == indices

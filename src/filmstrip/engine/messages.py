@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -33,11 +33,12 @@ class Feature(msgspec.Struct):
     modality: str
     shape: tuple[int, int]
     grid_thw: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    normalization: Normalization | None
     media_hash: str
     segments: list[tuple[int, int]]
     source_size: tuple[int, int]
+    hop: int
+    dtype: Literal["uint8", "float32"]
 
 
 class Start(msgspec.Struct, tag="start"):
@@ -129,11 +130,12 @@ def add_request(
             feature.modality.value,
             (feature.patches.shape[0], feature.patches.shape[1]),
             feature.grid_thw,
-            feature.normalization.mean,
-            feature.normalization.std,
+            feature.normalization,
             feature.media_hash,
             [(segment.offset, segment.length) for segment in feature.segments],
             feature.source_size,
+            feature.hop,
+            "float32" if feature.modality is Modality.TIME_SERIES else "uint8",
         )
         for feature in prompt.features
     ]
@@ -152,17 +154,18 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
         if len(owned) != len(message.features):
             raise ValueError(f"{len(message.features)} media items came with {len(owned)} descriptors")
         for feature in message.features:
-            patches = SharedTensor(owned.popleft(), feature.shape, "uint8")
+            patches = SharedTensor(owned.popleft(), feature.shape, feature.dtype)
             segments = tuple(PlaceholderRange(offset, length) for offset, length in feature.segments)
             features.append(
                 MediaFeature(
                     Modality(feature.modality),
                     patches,
                     feature.grid_thw,
-                    Normalization(feature.mean, feature.std),
+                    feature.normalization,
                     feature.media_hash,
                     segments,
                     feature.source_size,
+                    feature.hop,
                 )
             )
     finally:

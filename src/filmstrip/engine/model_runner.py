@@ -97,6 +97,7 @@ def _encoder_input(run: list[Segment]) -> EncoderInput:
         normalization=feature.normalization,
         num_segments=len(run),
         source_size=feature.source_size,
+        hop=feature.hop,
     )
 
 

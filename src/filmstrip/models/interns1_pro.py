@@ -16,14 +16,12 @@ from filmstrip.models.attention_interface import ATTENTION_NAME
 from filmstrip.models.base import EncoderInput, ModelInfo
 from filmstrip.models.batch import Batch
 from filmstrip.models.checkpoint import Checkpoint
-from filmstrip.models.devices import make_attention
 from filmstrip.models.interns1_pro_config import InternS1ProConfig, InternS1ProTextConfig
 from filmstrip.models.interns1_pro_modules import InternS1ProForConditionalGeneration
-from filmstrip.models.interns1_pro_text import head_dim
 from filmstrip.models.media_rows import embed_rows, media_rows
-from filmstrip.models.paged_attention import AttentionShape, PagedAttention
+from filmstrip.models.paged_attention import PagedAttention
 from filmstrip.models.qwen_vl import QwenVLModel
-from filmstrip.models.text import check_supported
+from filmstrip.models.text import paged_text
 from filmstrip.types import Modality
 
 
@@ -38,32 +36,14 @@ class InternS1ProModel(QwenVLModel):
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> InternS1ProModel:
         """Load the weights of ``checkpoint``; raises :class:`ModelLoadError`, also for what would be computed wrongly."""
-        fields, _ = InternS1ProConfig.get_config_dict(checkpoint.model, revision=checkpoint.revision or "main")
-        config = InternS1ProConfig.from_dict(fields)
+        config = _read_config(checkpoint)
         _check_text(config.text_config, checkpoint.architecture)
         module = checkpoint.load_module(
             InternS1ProForConditionalGeneration,
             config=config,
             attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa", "ts_config": "sdpa"},
         )
-        text = config.text_config
-        shape = AttentionShape(
-            num_layers=text.num_hidden_layers,
-            num_query_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=head_dim(text),
-        )
-        attention = make_attention(shape, checkpoint.device, checkpoint.dtype, checkpoint.block_size)
-        info = ModelInfo(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            max_position_embeddings=text.max_position_embeddings,
-            num_embedding_rows=1,
-            block_size=attention.block_size,
-            kv_bytes_per_token=attention.kv_bytes_per_token,
-            device=checkpoint.device,
-            dtype=checkpoint.dtype,
-        )
+        attention, info = paged_text(config.text_config, checkpoint)
         return cls(module, attention, info)
 
     @torch.inference_mode()
@@ -95,9 +75,19 @@ class InternS1ProModel(QwenVLModel):
         return self._time_series(samples, item.hop).unsqueeze(1)
 
 
+def _read_config(checkpoint: Checkpoint) -> InternS1ProConfig:
+    fields, _ = InternS1ProConfig.get_config_dict(checkpoint.model, revision=checkpoint.revision or "main")
+    try:
+        return InternS1ProConfig.from_dict(fields)
+    except Exception as error:  # of each field's type, Transformers' validators say what they like
+        reason = " ".join(str(error).split())[:400]
+        raise ModelLoadError(
+            f"config.json of {checkpoint.model!r} is not understood: {reason}", param="model"
+        ) from error
+
+
 def _check_text(config: InternS1ProTextConfig, architecture: str) -> None:
-    """Raise :class:`ModelLoadError` for a language model that would be computed wrongly."""
-    check_supported(config, architecture)
+    """Raise :class:`ModelLoadError` for positions or experts that would be computed wrongly."""
     rope: Any = config.rope_parameters
     if config.has_fope and (rope["rope_type"] != "default" or not rope.get("fope_sep_head", True)):
         raise ModelLoadError(

@@ -16,6 +16,8 @@ from filmstrip.types import (
     Modality,
     Normalization,
     PixelLimits,
+    SeriesPlan,
+    TimeSeriesMetadata,
     VideoMetadata,
 )
 
@@ -28,9 +30,43 @@ class PlannedMedia:
     """
 
     modality: Modality
-    plan: FramePlan
-    timestamps: tuple[float, ...]
+    shown: FramePlan | SeriesPlan
+    timestamps: tuple[float, ...] = ()
     seconds_per_frame: float = 0.0
+
+    @property
+    def plan(self) -> FramePlan:
+        """What is shown of a picture or a video; TypeError for a time series."""
+        if not isinstance(self.shown, FramePlan):
+            raise TypeError(f"a {self.modality} has no frames")
+        return self.shown
+
+    @property
+    def series(self) -> SeriesPlan:
+        """What is shown of a time series; TypeError for anything else."""
+        if not isinstance(self.shown, SeriesPlan):
+            raise TypeError(f"a {self.modality} has no samples")
+        return self.shown
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholder tokens of the item."""
+        return self.shown.num_tokens
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that are shown: 1 of a picture, none of a time series."""
+        return len(self.shown.frame_indices) if isinstance(self.shown, FramePlan) else 0
+
+    @property
+    def height(self) -> int:
+        """Height at which pixels are shown; 0 for a time series."""
+        return self.shown.height if isinstance(self.shown, FramePlan) else 0
+
+    @property
+    def width(self) -> int:
+        """Width at which pixels are shown; 0 for a time series."""
+        return self.shown.width if isinstance(self.shown, FramePlan) else 0
 
 
 class Processor(Protocol):
@@ -62,4 +98,16 @@ class Processor(Protocol):
 
     def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, int]:
         """M-RoPE positions (3, num_tokens) and the delta for generated tokens; (None, 0) where the model uses none."""
+        ...
+
+
+class TimeSeriesProcessor(Processor, Protocol):
+    """The processor of a family that takes time series; it has that modality."""
+
+    def plan_time_series(self, metadata: TimeSeriesMetadata) -> SeriesPlan:
+        """How much of a series is shown, in which windows. Raises MediaError for one that the model cannot take."""
+        ...
+
+    def normalize_time_series(self, samples: np.ndarray, out: np.ndarray) -> None:
+        """Write as many of the ``samples``, float32 (num_samples, num_channels), as ``out`` has room for, normalised."""
         ...

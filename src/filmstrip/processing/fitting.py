@@ -31,8 +31,11 @@ class Fitting:
 
     def advice(self) -> str:
         """What to change of the largest item alone, or that nothing would help."""
-        largest = max(self._planned, key=lambda item: item.media.plan.num_tokens)
-        num_frames = len(largest.media.plan.frame_indices)
+        shown_smaller = [item for item in self._planned if item.media.modality is not Modality.TIME_SERIES]
+        if not shown_smaller:
+            return "a time series is shown whole: send less of it"
+        largest = max(shown_smaller, key=lambda item: item.media.num_tokens)
+        num_frames = largest.media.num_frames
         is_video = largest.media.modality is Modality.VIDEO
         ways = []
         fewer = self._most(num_frames - 1, lambda count: self._fits_with(largest, max_frames=count)) if is_video else 0
@@ -43,7 +46,7 @@ class Fitting:
                 else f"set media_io_kwargs.video.max_frames to {fewer}"
             )
             ways.append(f"{fewer} of the video's {num_frames} frames would fit: {how}")
-        pixels = largest.media.plan.height * largest.media.plan.width * num_frames
+        pixels = largest.media.height * largest.media.width * num_frames
         fewer = self._most(pixels, lambda count: self._fits_with(largest, max_pixels=count))
         if fewer:
             ways.append(
@@ -58,15 +61,15 @@ class Fitting:
         """The items with wishes lowered so that all fit; None if that cannot be.
 
         First all pictures and frames lose pixels, the largest most, down to :data:`SMALL_FRAME_PIXELS`; then videos lose
-        frames, the longest most; then what is left loses pixels again.
+        frames, the longest most; then what is left loses pixels again. Time series lose nothing.
         """
-        sizes = [item.media.plan.height * item.media.plan.width for item in self._planned]
+        sizes = [item.media.height * item.media.width for item in self._planned]
         if self._fits(self._all_planned(SMALL_FRAME_PIXELS, None)):
             pixels = self._most(
                 max(sizes), lambda count: self._fits(self._all_planned(count, None)), SMALL_FRAME_PIXELS
             )
             return self._all_items(pixels, None)
-        most_frames = max(len(item.media.plan.frame_indices) for item in self._planned)
+        most_frames = max(item.media.num_frames for item in self._planned)
         frames = self._most(most_frames, lambda count: self._fits(self._all_planned(SMALL_FRAME_PIXELS, count)))
         if frames:
             return self._all_items(SMALL_FRAME_PIXELS, frames)
@@ -94,6 +97,8 @@ class Fitting:
         return [self._item(planned, frame_pixels, max_frames) for planned in self._planned]
 
     def _item(self, planned: PlannedItem, frame_pixels: int, max_frames: int | None) -> MediaItem:
+        if planned.media.modality is Modality.TIME_SERIES:
+            return planned.item
         plan = planned.media.plan
         num_frames = min(len(plan.frame_indices), max_frames or len(plan.frame_indices))
         if plan.height * plan.width <= frame_pixels and num_frames == len(plan.frame_indices):

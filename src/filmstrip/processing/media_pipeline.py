@@ -13,13 +13,14 @@ import dataclasses
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import cast
 
 from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
-from filmstrip.media.loader import FetchedMedia, MediaLoader, OpenedMedia, is_presampled
+from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia, is_presampled
 from filmstrip.media.sampling import shown_seconds
-from filmstrip.processing.base import PlannedMedia, Processor
+from filmstrip.processing.base import PlannedMedia, Processor, TimeSeriesProcessor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
-from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, VideoMetadata
+from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, SeriesPlan, TimeSeriesMetadata, VideoMetadata
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ProcessedMedia:
     """One item's pixels and what they show; ``frame_indices`` and ``timestamps`` are of the frames really delivered."""
 
     media: PlannedMedia
-    metadata: VideoMetadata | ImageMetadata
+    metadata: Metadata
     media_hash: str
     frame_indices: tuple[int, ...]
     patches: SharedTensor
@@ -49,7 +50,7 @@ class PlannedItem:
 
     item: MediaItem
     media: PlannedMedia
-    metadata: VideoMetadata | ImageMetadata
+    metadata: Metadata
     fetched: FetchedMedia
     cache_key: str
     media_hash: str
@@ -126,7 +127,6 @@ class MediaPipeline:
         self.stats.misses += 1
         opened = await self.loader.open(fetched)
         try:
-            assert isinstance(opened.metadata, VideoMetadata | ImageMetadata)
             item, notes = self._within_duration(item, opened.metadata, fit=fit)
             media = self.plan_media(item, opened.metadata)
         except BaseException:
@@ -149,9 +149,7 @@ class MediaPipeline:
             again.close()
         return again
 
-    def _within_duration(
-        self, item: MediaItem, metadata: VideoMetadata | ImageMetadata, *, fit: bool
-    ) -> tuple[MediaItem, tuple[str, ...]]:
+    def _within_duration(self, item: MediaItem, metadata: Metadata, *, fit: bool) -> tuple[MediaItem, tuple[str, ...]]:
         """``item`` as it may be looked at, and what was changed; MediaTooLargeError if nothing may be changed."""
         limit = self._max_video_duration_seconds
         if limit is None or not isinstance(metadata, VideoMetadata) or is_presampled(item):
@@ -170,9 +168,11 @@ class MediaPipeline:
         note = f"only {limit:g} of {seconds:.1f} seconds are looked at (max_video_duration_seconds)"
         return dataclasses.replace(item, sampling=sampling), (note,)
 
-    def plan_media(self, item: MediaItem, metadata: VideoMetadata | ImageMetadata) -> PlannedMedia:
-        """The model's choice of frames and size for ``item``, from what its header says."""
+    def plan_media(self, item: MediaItem, metadata: Metadata) -> PlannedMedia:
+        """The model's choice of frames and size, or of samples, for ``item``, from what its header says."""
         try:
+            if isinstance(metadata, TimeSeriesMetadata):
+                return PlannedMedia(Modality.TIME_SERIES, self._time_series.plan_time_series(metadata))
             if isinstance(metadata, ImageMetadata):
                 plan = self._processor.plan_image(metadata, item.pixels)
                 return PlannedMedia(Modality.IMAGE, plan, ())
@@ -226,6 +226,8 @@ class MediaPipeline:
             del self._decodes[key]
 
     async def _decode(self, planned: PlannedItem, opened: OpenedMedia) -> ProcessedMedia:
+        if isinstance(planned.metadata, TimeSeriesMetadata):
+            return await self._decode_series(planned, planned.metadata, opened)
         plan = planned.media.plan
         patches, frame_indices = await self.loader.read(opened, plan)
         media, notes = planned.media, []
@@ -241,6 +243,27 @@ class MediaPipeline:
         processed = ProcessedMedia(media, planned.metadata, planned.media_hash, frame_indices, patches, tuple(notes))
         self._keep(planned.cache_key, processed)
         return processed
+
+    async def _decode_series(
+        self, planned: PlannedItem, metadata: TimeSeriesMetadata, opened: OpenedMedia
+    ) -> ProcessedMedia:
+        plan = planned.media.series
+        samples = await self.loader.read_samples(opened)
+        normalised = SharedTensor.create((plan.num_samples, plan.num_channels), "float32")
+        await asyncio.to_thread(self._time_series.normalize_time_series, samples.array, normalised.array)
+        notes = []
+        if metadata.sampling_rate is None:
+            notes.append("no sampling_rate was given; a quarter of the number of samples stands in for it")
+        if plan.num_samples < metadata.num_samples:
+            notes.append(f"only the first {plan.num_samples} of {metadata.num_samples} samples are looked at")
+        processed = ProcessedMedia(planned.media, metadata, planned.media_hash, (), normalised, tuple(notes))
+        self._keep(planned.cache_key, processed)
+        return processed
+
+    @property
+    def _time_series(self) -> TimeSeriesProcessor:
+        """The processor of a model that takes time series: of no other are they fetched."""
+        return cast(TimeSeriesProcessor, self._processor)
 
     def _cached(self, key: str) -> ProcessedMedia | None:
         processed = self._cache.get(key)
@@ -262,13 +285,13 @@ class MediaPipeline:
 def _planned(
     fetched: FetchedMedia,
     media: PlannedMedia,
-    metadata: VideoMetadata | ImageMetadata,
+    metadata: Metadata,
     *,
     opened: OpenedMedia | None = None,
     processed: ProcessedMedia | None = None,
     notes: tuple[str, ...] = (),
 ) -> PlannedItem:
-    media_hash = processed.media_hash if processed is not None else _media_hash(fetched, media.plan)
+    media_hash = processed.media_hash if processed is not None else _media_hash(fetched, media.shown)
     key = _cache_key(fetched)
     return PlannedItem(fetched.item, media, metadata, fetched, key, media_hash, opened, processed, notes)
 
@@ -286,11 +309,11 @@ def _seconds_per_frame(metadata: VideoMetadata, item: MediaItem, plan: FramePlan
 
 def _cache_key(fetched: FetchedMedia) -> str:
     item = fetched.item
-    options = repr((item.type.value, item.sampling, item.timing, item.pixels, item.video_decoder))
+    options = repr((item.type.value, item.sampling, item.timing, item.pixels, item.video_decoder, item.sampling_rate))
     return hashlib.sha256(f"{fetched.content_hash}\n{options}".encode()).hexdigest()
 
 
-def _media_hash(fetched: FetchedMedia, plan: FramePlan) -> str:
+def _media_hash(fetched: FetchedMedia, plan: FramePlan | SeriesPlan) -> str:
     # Decoders differ in the last bits of colours, so each has features of its own.
     what = (fetched.item.type.value, fetched.item.video_decoder, plan)
     return hashlib.sha256(f"{fetched.content_hash}\n{what!r}".encode()).hexdigest()

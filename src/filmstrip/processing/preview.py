@@ -16,6 +16,7 @@ import numpy as np
 from filmstrip.media.contact_sheet import frames_from, thumbnail_plan
 from filmstrip.media.loader import Metadata
 from filmstrip.media.modalities import evenly_spread
+from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.fitting import Fitting
 from filmstrip.processing.media_pipeline import MediaPipeline, PlannedItem
 from filmstrip.processing.prompt_builder import PromptBuilder, is_fit
@@ -30,23 +31,39 @@ _CONSTANT_RATE_SECONDS = 1e-3
 class ItemPreview:
     """One media item: what its header says, and what of it would be shown to the model.
 
-    ``timestamps`` are seconds, one for each frame of ``plan``; none for a picture. ``num_tokens`` are the placeholders of
-    its pixels, without the words around them. ``is_cached``: its pixels are ready, nothing would be decoded.
+    ``is_cached``: its pixels or samples are ready, nothing would be decoded.
     """
 
     item: MediaItem
-    modality: Modality
+    media: PlannedMedia
     metadata: Metadata
-    plan: FramePlan
-    timestamps: tuple[float, ...]
-    num_tokens: int
     num_bytes: int
     is_cached: bool
     notes: tuple[str, ...]
 
     @property
+    def modality(self) -> Modality:
+        """What kind of media it is."""
+        return self.media.modality
+
+    @property
+    def plan(self) -> FramePlan:
+        """Which frames would be shown, and how large; TypeError for a time series."""
+        return self.media.plan
+
+    @property
+    def timestamps(self) -> tuple[float, ...]:
+        """Seconds, one for each frame of a video; else empty."""
+        return self.media.timestamps
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholders, without the words around them."""
+        return self.media.num_tokens
+
+    @property
     def frame_indices(self) -> tuple[int, ...]:
-        """Frames of a video that would be shown; empty for a picture."""
+        """Frames of a video that would be shown; else empty."""
         return self.plan.frame_indices if self.modality is Modality.VIDEO else ()
 
     def description(self) -> dict[str, Any]:
@@ -54,11 +71,11 @@ class ItemPreview:
         return {
             "type": self.modality.value,
             "facts": {"num_bytes": self.num_bytes, **_facts(self.metadata)},
-            "num_frames": len(self.plan.frame_indices),
+            "num_frames": self.media.num_frames,
             "frame_indices": list(self.frame_indices),
             "timestamps": list(self.timestamps),
-            "width": self.plan.width,
-            "height": self.plan.height,
+            "width": self.media.width,
+            "height": self.media.height,
             "num_tokens": self.num_tokens,
             "cached": self.is_cached,
             "notes": list(self.notes),
@@ -98,7 +115,7 @@ class Thumbnails:
     """Small pictures of frames that a plan has: all of them, or ``num_planned`` evenly thinned out.
 
     ``frames`` is uint8 (num_frames, height, width, 3); ``frame_indices`` and ``timestamps`` (seconds) are of the frames
-    really delivered, both empty for a picture.
+    really delivered, both empty for a picture. A time series has no frames.
     """
 
     modality: Modality
@@ -124,14 +141,10 @@ def _facts(metadata: Metadata) -> dict[str, Any]:
 
 def preview_item(planned: PlannedItem) -> ItemPreview:
     """What is known of an item once it is planned."""
-    media = planned.media
     return ItemPreview(
         planned.item,
-        media.modality,
+        planned.media,
         planned.metadata,
-        media.plan,
-        media.timestamps,
-        media.plan.num_tokens,
         planned.fetched.num_bytes,
         planned.processed is not None,
         planned.notes,
@@ -143,8 +156,11 @@ async def read_thumbnails(
 ) -> Thumbnails:
     """Decode the planned frames small, at most ``max_frames`` of them; raises as :meth:`MediaLoader.read`.
 
-    They are never larger than what the model sees, so nothing shows here that the model could not see.
+    They are never larger than what the model sees, so nothing shows here that the model could not see. A time series has
+    no pictures.
     """
+    if planned.media.modality is Modality.TIME_SERIES:
+        return Thumbnails(planned.media.modality, np.empty((0, 0, 0, 3), np.uint8), (), (), 0)
     plan = planned.media.plan
     wanted = evenly_spread(plan.frame_indices, max_frames)
     small = thumbnail_plan(wanted, plan.height, plan.width, max_edge)
@@ -260,7 +276,4 @@ class Previewer:
             self._prompts.pipeline.plan_media(item, before.metadata)
             for item, before in zip(items, planned, strict=True)
         ]
-        return tuple(
-            FittedItem(len(each.plan.frame_indices), each.plan.height, each.plan.width, each.plan.num_tokens)
-            for each in media
-        )
+        return tuple(FittedItem(each.num_frames, each.height, each.width, each.num_tokens) for each in media)

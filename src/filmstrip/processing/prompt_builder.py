@@ -32,6 +32,7 @@ from filmstrip.types import (
     ProcessedPrompt,
     Progress,
     ProgressStage,
+    TimeSeriesMetadata,
 )
 
 T = TypeVar("T")
@@ -133,8 +134,9 @@ class PromptBuilder:
             if fit and planned:
                 less = await asyncio.to_thread(self._fitting_items, pieces, planned, max_model_len)
                 for place, item in enumerate(less):
-                    note = _fit_note(planned[place], max_model_len)
-                    planned[place] = self.pipeline.replan(planned[place], item, note)
+                    if item != planned[place].item:
+                        note = _fit_note(planned[place], max_model_len)
+                        planned[place] = self.pipeline.replan(planned[place], item, note)
             yield planned
         finally:
             for item in planned:
@@ -171,9 +173,10 @@ class PromptBuilder:
     ) -> ProcessedPrompt:
         async with self.planned(pieces, items, max_model_len, fit=fit, report=report) as planned:
             assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
-            decoded = _Counter("decode", sum(len(item.media.plan.frame_indices) for item in planned), report)
+            amounts = [item.media.num_frames or 1 for item in planned]  # a time series counts as one frame
+            decoded = _Counter("decode", sum(amounts), report)
             ready = await gather_or_cancel(
-                [decoded.count(self.pipeline.read(item), len(item.media.plan.frame_indices)) for item in planned]
+                [decoded.count(self.pipeline.read(item), amount) for item, amount in zip(planned, amounts, strict=True)]
             )
         if any(now.media != before.media for now, before in zip(ready, planned, strict=True)):
             # A damaged clip showed other frames than planned: the prompt must name their times.
@@ -189,11 +192,14 @@ class PromptBuilder:
         return ProcessedPrompt(assembled.token_ids, features, positions, delta, records)
 
     def _feature(self, item: ProcessedMedia, segments: tuple[PlaceholderRange, ...]) -> MediaFeature:
-        modality, plan = item.media.modality, item.media.plan
+        modality = item.media.modality
+        if isinstance(item.metadata, TimeSeriesMetadata):
+            hop = item.media.series.hop
+            return MediaFeature(modality, item.patches, (1, 1, 1), None, item.media_hash, segments, hop=hop)
         normalization = self._processor.normalization(modality)
         source_size = (item.metadata.height, item.metadata.width)
         return MediaFeature(
-            modality, item.patches, plan.grid_thw, normalization, item.media_hash, segments, source_size
+            modality, item.patches, item.media.plan.grid_thw, normalization, item.media_hash, segments, source_size
         )
 
     def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:
@@ -201,7 +207,7 @@ class PromptBuilder:
 
     def _assemble_checked(self, pieces: list[str | int], planned: list[PlannedItem], max_model_len: int) -> Assembled:
         """The prompt's tokens; raises ContextLengthError, at once if the media alone are too many to lay them out."""
-        media_tokens = sum(item.media.plan.num_tokens for item in planned)
+        media_tokens = sum(item.media.num_tokens for item in planned)
         num_tokens = media_tokens
         if media_tokens < max_model_len:
             assembled = self._assemble(pieces, [item.media for item in planned])
@@ -224,7 +230,7 @@ class PromptBuilder:
             return self.pipeline.plan_media(item, before.metadata)
 
         def fits(media: Sequence[PlannedMedia]) -> bool:
-            if sum(each.plan.num_tokens for each in media) >= max_model_len:
+            if sum(each.num_tokens for each in media) >= max_model_len:
                 return False
             return len(self._assemble(pieces, media).token_ids) < max_model_len
 
@@ -274,16 +280,18 @@ def _fit_note(before: PlannedItem, max_model_len: int) -> str:
 
 
 def _record(item: ProcessedMedia, feature: MediaFeature, *, cached: bool, notes: tuple[str, ...]) -> MediaRecord:
-    plan = item.media.plan
     is_video = item.media.modality is Modality.VIDEO
+    series = item.media.series if item.media.modality is Modality.TIME_SERIES else None
     return MediaRecord(
         type=item.media.modality.value,
         num_frames=len(item.frame_indices),
         frame_indices=list(item.frame_indices) if is_video else [],
         timestamps=list(item.media.timestamps),
-        height=plan.height,
-        width=plan.width,
+        height=item.media.height,
+        width=item.media.width,
         num_tokens=sum(segment.length for segment in feature.segments),
         cached=cached,
         notes=[*item.notes, *notes],
+        num_samples=None if series is None else series.num_samples,
+        num_channels=None if series is None else series.num_channels,
     )

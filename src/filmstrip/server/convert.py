@@ -176,16 +176,17 @@ def prompt_ending(request: ChatCompletionRequest) -> tuple[bool, bool]:
 
 
 def usage_info(usage: Usage) -> UsageInfo:
-    """Token counts as OpenAI names them, with those of videos beside those of images."""
+    """Token counts as OpenAI names them, with those of videos and time series beside those of images."""
     return UsageInfo(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
         prompt_tokens_details=PromptTokensDetails(
             cached_tokens=usage.cached_tokens,
-            text_tokens=usage.prompt_tokens - usage.image_tokens - usage.video_tokens,
+            text_tokens=usage.prompt_tokens - usage.image_tokens - usage.video_tokens - usage.time_series_tokens,
             image_tokens=usage.image_tokens,
             video_tokens=usage.video_tokens,
+            time_series_tokens=usage.time_series_tokens,
         ),
         completion_tokens_details=CompletionTokensDetails(text_tokens=usage.completion_tokens),
     )

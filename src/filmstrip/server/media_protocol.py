@@ -21,8 +21,8 @@ class MediaFramesRequest(ChatCompletionRequest):
 class MediaFacts(BaseModel):
     """What a file says about itself; what it does not say is null."""
 
-    width: int
-    height: int
+    width: int | None = None
+    height: int | None = None
     """As displayed, in pixels: rotation and EXIF orientation applied."""
     num_bytes: int
     codec: str | None = None
@@ -36,10 +36,14 @@ class MediaFacts(BaseModel):
     has_audio: bool | None = None
     timing_assumed: bool | None = None
     video_backend: str | None = None
+    num_samples: int | None = None
+    num_channels: int | None = None
+    sampling_rate: float | None = None
+    """Of a time series, in samples per second."""
 
 
 class MediaPlanItem(BaseModel):
-    """One image or video of the request: its facts, and what of it would be shown."""
+    """One image, video or time series of the request: its facts, and what of it would be shown."""
 
     type: str
     param: str | None
@@ -48,10 +52,10 @@ class MediaPlanItem(BaseModel):
     num_frames: int
     frame_indices: list[int]
     timestamps: list[float]
-    """Seconds, one for each frame; empty for an image, like ``frame_indices``."""
+    """Seconds, one for each frame of a video; else empty, like ``frame_indices``."""
     width: int
     height: int
-    """Size at which the model sees it, in pixels."""
+    """Size at which the model sees it, in pixels; 0 for a time series, like ``num_frames``."""
     num_tokens: int
     cached: bool
     """True if its pixels are ready and nothing would be decoded."""
@@ -95,7 +99,7 @@ class Thumbnail(BaseModel):
 
 
 class ItemThumbnails(BaseModel):
-    """Pictures of one item: of all its ``num_frames`` frames, or evenly spread ones."""
+    """Pictures of one item: of all its ``num_frames`` frames, or evenly spread ones; none of a time series."""
 
     type: str
     num_frames: int

@@ -75,12 +75,13 @@ class ChatCompletionRequest(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """Where the tokens of the prompt come from; text, image and video tokens add up to all of them."""
+    """Where the tokens of the prompt come from; those of text, images, videos and time series add up to all of them."""
 
     cached_tokens: int
     text_tokens: int
     image_tokens: int
     video_tokens: int
+    time_series_tokens: int = 0
     audio_tokens: int = 0
 
 
@@ -105,7 +106,7 @@ class UsageInfo(BaseModel):
 
 
 class MediaInfo(BaseModel):
-    """What was looked at of one image or video; see :class:`filmstrip.types.MediaRecord`."""
+    """What was looked at of one image, video or time series; see :class:`filmstrip.types.MediaRecord`."""
 
     type: str
     num_frames: int
@@ -116,6 +117,8 @@ class MediaInfo(BaseModel):
     num_tokens: int
     cached: bool
     notes: list[str]
+    num_samples: int | None = None
+    num_channels: int | None = None
 
 
 class AssistantMessage(BaseModel):
