@@ -109,6 +109,7 @@ FAMILIES = (
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
+    _with_tiles("Gemma 3", "Gemma3ForConditionalGeneration", "gemma3", video=False),
     _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
@@ -116,6 +117,7 @@ FAMILIES = (
     _text_only("Qwen3", "Qwen3ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Qwen3-MoE", "Qwen3MoeForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Qwen2", "Qwen2ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Gemma 3, text only", "Gemma3ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Llama", "LlamaForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Mistral", "MistralForCausalLM", _TEXT, "test_after_a_prefix_hit"),
 )

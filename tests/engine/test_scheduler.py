@@ -12,9 +12,12 @@ from tests.engine.helpers import alone, drain, fake_of, greedy, make_engine, run
 from tests.fakes import feature, prompt
 
 
-def make_scheduler(*, num_blocks=64, max_num_seqs=8, budget=32, prefix=True):
+def make_scheduler(*, num_blocks=64, max_num_seqs=8, budget=32, prefix=True, whole_segments=False):
     cache = KVCache(num_blocks, 4, enable_prefix_caching=prefix)
-    return Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget), cache
+    scheduler = Scheduler(
+        cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, whole_segments=whole_segments
+    )
+    return scheduler, cache
 
 
 def make_request(number, each, max_tokens=8):
@@ -111,6 +114,40 @@ def test_chunks_end_at_frame_boundaries(budget, cuts):
         advance(scheduler, cache)
         ends.append(request.num_computed_tokens)
     assert ends == cuts
+
+
+def test_whole_segments_go_over_the_budget_rather_than_be_cut():
+    """Segments 3-12, 15-24, 27-36: without the rule a budget of 5 cuts them."""
+    each = prompt(40, feature(3, num_segments=3, length=9, gap=3))
+    scheduler, cache = make_scheduler(budget=5, whole_segments=True)
+    scheduler.add(make_request(0, each))
+    chunks = [advance(scheduler, cache)["r0"] for _ in range(6)]
+    assert chunks == [3, 9, 3, 9, 3, 9]
+    # Beside an answer under way, too; and a prompt that waits gets nothing of a budget that is overdrawn.
+    scheduler, cache = make_scheduler(budget=5, whole_segments=True, prefix=False)
+    scheduler.add(make_request(0, prompt(2, seed=1)))
+    advance(scheduler, cache)
+    scheduler.add(make_request(1, each))
+    scheduler.add(make_request(2, prompt(4, seed=2)))
+    assert advance(scheduler, cache) == {"r0": 1, "r1": 3, "r2": 1}
+    assert advance(scheduler, cache) == {"r0": 1, "r1": 9}
+
+
+def test_whole_segments_begun_by_a_cached_prefix():
+    each = prompt(40, feature(3, num_segments=1, length=30))
+    scheduler, cache = make_scheduler(budget=64, whole_segments=True)
+    scheduler.add(make_request(0, each))
+    advance(scheduler, cache)
+    scheduler.remove(scheduler.running[0])
+    again = prompt(35, feature(3, num_segments=1, length=30))
+    scheduler.add(make_request(1, again))
+    scheduled = advance(scheduler, cache)
+    assert scheduled == {"r1": 3}  # 32 tokens were cached, to the end of a block inside the segment
+    scheduler, cache = make_scheduler(budget=3, whole_segments=True)
+    first = make_request(0, prompt(18, feature(3, num_segments=1, length=30 - 15)))
+    scheduler.add(first)
+    assert advance(scheduler, cache) == {"r0": 3}
+    assert advance(scheduler, cache) == {"r0": 15}
 
 
 def test_a_preempted_requests_budget_goes_back():

@@ -46,10 +46,10 @@ def reference_attention(
     scores = torch.einsum("nhd,lhd->hnl", query, keys.repeat_interleave(group, 1)) * scaling
     rows, columns = torch.arange(len(keys) - len(query), len(keys))[:, None], torch.arange(len(keys))
     visible = columns <= rows
-    if window is not None:
-        visible &= rows - columns < window
     for start, end in spans:
         visible |= (start <= rows) & (rows < end) & (start <= columns) & (columns < end)
+    if window is not None:
+        visible &= rows - columns < window
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     return torch.einsum("hnl,lhd->nhd", weights, values.repeat_interleave(group, 1))
 
@@ -128,7 +128,7 @@ def batch_span(lengths: list[tuple[int, int]], request: int, start: int, end: in
     num_rows, length = lengths[request]
     first = max(start, length - num_rows)
     first_row = sum(rows for rows, _ in lengths[:request]) + first - (length - num_rows)
-    return Span(first_row, end - first, start, end)
+    return Span(first_row, end - first, end)
 
 
 def cpu_attention_of(dtype=torch.float32, *, heads=(4, 2), head_dim=32, block_size=None) -> CpuPagedAttention:
@@ -474,7 +474,7 @@ def test_installed_varlen_attention_takes_our_arguments():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("window", "spans"), [(None, []), (100, []), (None, [Span(1, 200, 0, 200)])])
+@pytest.mark.parametrize(("window", "spans"), [(None, []), (100, []), (None, [Span(1, 200, 200)])])
 def test_cuda_attention_on_a_gpu(dtype, window, spans):
     device = torch.device("cuda", 0)
     attention = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, device)

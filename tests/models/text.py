@@ -10,8 +10,10 @@ import transformers
 from transformers import GenerationConfig
 
 from filmstrip.demo.checkpoint import build_tokenizer, randomize_weights
+from tests.models.tiles import GEMMA3_TEXT
 
 ARCHITECTURES = (
+    "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
@@ -33,6 +35,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": None, "head_dim": 32},
     "Qwen2ForCausalLM": {"tie_word_embeddings": True},
     "Qwen3ForCausalLM": {"head_dim": 48},
+    "Gemma3ForCausalLM": {**GEMMA3_TEXT, "sliding_window": 30},
     "Qwen3MoeForCausalLM": {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }
 """What of each family is unlike the others'."""

@@ -24,6 +24,13 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32768,
 }
+GEMMA3_TEXT = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": False,
+}
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
@@ -236,3 +243,34 @@ def make_llava_onevision(path: Path, *, seed: int = 1) -> str:
         },
     }
     return save(path, tokenizer, "LlavaOnevisionForConditionalGeneration", fields, files, seed)
+
+
+def make_gemma3(path: Path, *, seed: int = 0) -> str:
+    """A random Gemma 3 checkpoint: 9 tokens for an image, more than two of three layers see at once."""
+    roles = {
+        "bos_token": "<bos>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    tokenizer = tokenizer_with(roles, image="<start_of_image>")
+    ids = tokenizer.get_vocab()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", ids["<bos>"])]
+    )
+    tokenizer.chat_template = "{{- bos_token -}}" + str(tokenizer.chat_template)
+    fields = {
+        "vision_config": {**_SIGLIP, "image_size": 84},
+        "text_config": GEMMA3_TEXT,
+        "mm_tokens_per_image": 9,
+        "boi_token_index": ids["<start_of_image>"],
+        "eoi_token_index": ids["<end_of_image>"],
+        "image_token_index": ids["<image_soft_token>"],
+        "tie_word_embeddings": False,
+    }
+    size = {"height": 84, "width": 84}
+    files = {
+        "preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor", "size": size, "resample": 2},
+        "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 9},
+    }
+    return save(path, tokenizer, "Gemma3ForConditionalGeneration", fields, files, seed)

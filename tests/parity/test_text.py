@@ -121,6 +121,18 @@ def test_from_messages_to_words(architecture, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "fields", "named"),
     [
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "sets final_logit_softcapping"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention"),
+        (
+            "Gemma3ForCausalLM",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                }
+            },
+            "'dynamic'",
+        ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},

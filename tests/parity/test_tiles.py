@@ -48,6 +48,7 @@ FAMILIES = {
     "llava_siglip": Family(tiles.make_llava_siglip, takes_video=False),
     "llava_next": Family(tiles.make_llava_next, takes_video=False),
     "llava_onevision": Family(tiles.make_llava_onevision),
+    "gemma3": Family(tiles.make_gemma3, takes_video=False),
 }
 
 

@@ -74,5 +74,6 @@ def _placements(
     for segment in request.segments_between(start, end):
         first, last = max(segment.range.offset, start), min(segment.range.end, end)
         embeddings, offset = encoder_cache.get(segment.key), segment.range.offset
-        placements.append(EmbeddingPlacement(row + first - start, embeddings[first - offset : last - offset]))
+        rows = embeddings[first - offset : last - offset]
+        placements.append(EmbeddingPlacement(row + first - start, rows, segment.range.end))
     return placements

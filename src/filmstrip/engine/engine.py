@@ -64,7 +64,10 @@ class Engine:
             states=_allocate_states(model, limits),
         )
         self.scheduler = Scheduler(
-            self.cache, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
+            self.cache,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            whole_segments=model.info.whole_segments,
         )
         self.runner = ModelRunner(model, EncoderCache(limits.encoder_cache_bytes))
         self._requests: dict[str, Request] = {}

@@ -19,8 +19,11 @@ class Scheduler:
     """First come, first served, with preemption by recompute: when blocks run out, the youngest running request gives its
     blocks back, keeps its tokens and waits at the front."""
 
-    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, whole_segments: bool = False
+    ) -> None:
+        """``whole_segments``: media segments are never cut; one that is longer than the budget goes over it."""
+        self._cache, self._whole_segments = cache, whole_segments
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -137,4 +140,6 @@ class Scheduler:
                 end = self._cache.align(request, start, end)
             elif inside[0].range.offset > start:
                 end = inside[0].range.offset
+            elif self._whole_segments:
+                end = inside[0].range.end
         return end - start

@@ -16,11 +16,13 @@ class EmbeddingPlacement:
     """Rows ``start : start + len(embeddings)`` of the packed batch are media, not text.
 
     ``embeddings`` is (num_rows, 1 + num_deepstack, hidden_size) in the model's dtype: what :meth:`Model.encode` returned for
-    one segment, or the slice of it that falls into this chunk.
+    one segment, or the slice of it that falls into this chunk. ``segment_end`` is the first token of the request behind
+    the whole segment; None if the model need not know.
     """
 
     start: int
     embeddings: torch.Tensor
+    segment_end: int | None = None
 
 
 @dataclass

@@ -29,41 +29,37 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of a batch that see each other both ways: tokens ``start`` to ``end`` of their request, itself among them.
+    """Rows of a batch that see each other both ways: all tokens of their request before ``end``.
 
     ``num_rows`` rows from ``first_row`` on; all tokens of the span are in the cache once this step's are written.
     """
 
     first_row: int
     num_rows: int
-    start: int
     end: int
 
 
 class VisibleTokens:
-    """Which tokens of its request each of N packed rows sees: those before it, itself, and its span's."""
+    """Which tokens of its request each of N packed rows sees: those before it, itself, and the rest of its span."""
 
     def __init__(self, batch: Batch, spans: Sequence[Span] = ()) -> None:
         lens = zip(batch.query_lens, batch.context_lens_list, strict=True)
         positions = np.concatenate([np.arange(length - num_rows, length) for num_rows, length in lens])
-        self._positions = self._starts = positions.astype(np.int64)
+        self._positions = positions.astype(np.int64)
         self.ends = self._positions + 1
         """int64 (N,): first token of its request behind those that the row sees."""
-        if spans:
-            self._starts = self._positions.copy()
         for span in spans:
-            rows = slice(span.first_row, span.first_row + span.num_rows)
-            self._starts[rows], self.ends[rows] = span.start, span.end
+            self.ends[span.first_row : span.first_row + span.num_rows] = span.end
         self.has_spans = bool(spans)
 
     def starts(self, window: int | None) -> np.ndarray:
-        """int64 (N,): the first token that each row sees in layers where a token sees ``window`` tokens, itself included.
+        """int64 (N,): the first token that each row sees in layers where a token sees ``window`` tokens up to itself.
 
-        A span is seen whole, however far it reaches back. None: all.
+        None: all. A window bounds how far back a span is seen, too.
         """
         if window is None:
             return np.zeros_like(self._positions)
-        return np.minimum(np.maximum(self._positions - window + 1, 0), self._starts)
+        return np.maximum(self._positions - window + 1, 0)
 
     def bounds(self, rows: slice, window: int | None) -> tuple[np.ndarray, np.ndarray] | None:
         """Starts and ends of what ``rows`` see, if that is not just all tokens up to themselves."""
@@ -88,7 +84,7 @@ class AttentionStep(Protocol):
 
         ``query`` is (N, num_query_heads, head_dim), ``key`` and ``value`` are (N, num_kv_heads, head_dim), of any strides;
         the result is contiguous (N, num_query_heads, head_dim) in the dtype of ``query``. A token sees the tokens of its
-        own request up to and including itself, of those the last ``window`` if given, and its whole span.
+        own request up to and including itself, of those the last ``window`` if given, and the rest of its span.
         """
         ...
 

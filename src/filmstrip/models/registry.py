@@ -10,6 +10,8 @@ from typing import Any
 from filmstrip.errors import ModelLoadError
 
 _MODEL_CLASSES = {
+    "Gemma3ForCausalLM": "filmstrip.models.text:TextModel",
+    "Gemma3ForConditionalGeneration": "filmstrip.models.vision_text:Gemma3Model",
     "InternS1ProForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternS1_1_ForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",

@@ -94,6 +94,11 @@ def paged_text(config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int =
 
 def check_supported(config: Any, architecture: str) -> None:
     """Raise :class:`ModelLoadError` if a text model with this Transformers ``config`` would be computed wrongly."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, name, None):
+            raise ModelLoadError(
+                f"this {architecture} checkpoint sets {name} (config.json), which is not supported", param="model"
+            )
     parameters = getattr(config, "rope_parameters", None) or {}
     # Where layers differ, each kind of layer has parameters of its own.
     for each in (parameters, *(values for values in parameters.values() if isinstance(values, Mapping))):

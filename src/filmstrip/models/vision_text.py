@@ -7,6 +7,7 @@ pixels and no prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,10 @@ import transformers
 
 from filmstrip.models.attention_interface import ATTENTION_NAME
 from filmstrip.models.base import EncoderInput, ModelInfo
-from filmstrip.models.batch import Batch
+from filmstrip.models.batch import Batch, EmbeddingPlacement
 from filmstrip.models.checkpoint import Checkpoint
 from filmstrip.models.media_rows import embed_rows, media_rows
-from filmstrip.models.paged_attention import PagedAttention
+from filmstrip.models.paged_attention import PagedAttention, Span
 from filmstrip.models.qwen_vl import normalize_patches
 from filmstrip.models.text import paged_text
 from filmstrip.types import Modality
@@ -79,9 +80,13 @@ class VisionTextModel:
             inputs_embeds=embed_rows(self._language_model.embed_tokens, batch.token_ids, placements, rows).unsqueeze(0),
             position_ids=batch.positions[:1],
             use_cache=False,
-            paged_step=self._attention.begin(batch),
+            paged_step=self._attention.begin(batch, self._spans(placements)),
         ).last_hidden_state[0]
         return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:  # noqa: ARG002 - for other families
+        """Media whose tokens see each other both ways; none here."""
+        return []
 
     def _item_rows(self, pixels: torch.Tensor, item: EncoderInput) -> torch.Tensor:  # noqa: ARG002 - for other families
         """Rows of the whole item, (num_tokens, hidden_size), from its normalised tiles (num_tiles, 3, size, size)."""
@@ -118,3 +123,19 @@ class LlavaOnevisionModel(LlavaNextModel):
         ]
         # Each part ends in the end of the line, which stands behind the last only.
         return torch.cat([*(part[:-1] for part in parts), parts[-1][-1:]])
+
+
+class Gemma3Model(VisionTextModel):
+    """A Gemma 3 checkpoint: the tokens of a picture see each other both ways, in layers with a sliding window, too."""
+
+    def __init__(self, module: Any, attention: PagedAttention, info: ModelInfo) -> None:
+        """Wrap ``module``, a Transformers ``Gemma3ForConditionalGeneration`` whose text attention is paged."""
+        super().__init__(module, attention, dataclasses.replace(info, whole_segments=True))
+
+    def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:
+        spans = []
+        for placement in placements:
+            if placement.segment_end is None:
+                raise ValueError(f"nothing says where the segment in row {placement.start} ends")
+            spans.append(Span(placement.start, len(placement.embeddings), placement.segment_end))
+        return spans

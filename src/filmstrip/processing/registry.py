@@ -17,6 +17,8 @@ _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
     "InternS1ProForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
     "InternS1_1_ForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
+    "Gemma3ForCausalLM": _TEXT,
+    "Gemma3ForConditionalGeneration": ("filmstrip.processing.gemma3", "Gemma3Processor"),
     "InternVLForConditionalGeneration": ("filmstrip.processing.internvl", "InternVLProcessor"),
     "LlamaForCausalLM": _TEXT,
     "LlavaForConditionalGeneration": ("filmstrip.processing.llava", "LlavaProcessor"),
