@@ -40,14 +40,14 @@ class EncoderInput:
     ``patches`` is uint8 (num_segments * rows_per_segment, 3*tps*ps*ps) on the host; ``grid_thw`` is the grid of just these
     patches. ``source_size`` is the item's (height, width) before resizing.
 
-    A time series is one segment: ``patches`` is its normalised samples, float32 (num_samples, num_channels), and ``hop`` the
-    samples between the beginnings of its windows.
+    A time series is one segment: ``patches`` is its samples, float32 (num_samples, num_channels) and normalised already, and
+    ``hop`` how many of them lie between the beginnings of its windows.
     """
 
     modality: Modality
     patches: torch.Tensor
     grid_thw: tuple[int, int, int]
-    normalization: Normalization
+    normalization: Normalization | None
     num_segments: int
     source_size: tuple[int, int] = (0, 0)
     hop: int = 0
