@@ -1,6 +1,6 @@
 """A pool of decoded clips in, the trained demo model out; killed or stopped at any time, the same command goes on.
 
-    python -m filmstrip.demo.train WORK --steps 20000
+    python -m filmstrip.demo.train WORK
 
 WORK holds ``base`` (an untrained checkpoint), ``pool`` and ``val`` (see :mod:`filmstrip.demo.data`), and gets ``state.pt``
 (everything needed to go on), ``log.jsonl`` (one object per line) and ``model`` (the checkpoint, bfloat16).
@@ -866,12 +866,12 @@ def main() -> None:
     """Train, or go on training."""
     parser = argparse.ArgumentParser(prog="python -m filmstrip.demo.train", description=__doc__)
     parser.add_argument("work", help="folder with the pool, the state and the log")
-    parser.add_argument("--steps", type=int, default=12_000, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warm-up-steps", type=int, default=100)
     parser.add_argument("--few-group-steps", type=int, default=1500, help="at first, few groups of frames at a time")
-    parser.add_argument("--fact-steps", type=int, default=3000, help="at first, for the text model alone")
+    parser.add_argument("--fact-steps", type=int, default=4000, help="at first, for the text model alone")
     parser.add_argument("--watch-steps", type=int, default=1500, help="then, for the vision tower alone")
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--history-weight", type=float, default=0.3, help="of the loss on what earlier groups tell")
