@@ -63,6 +63,24 @@ def _with_tiles(name: str, architecture: str, *cases: str, video: bool) -> Famil
     return Family(name, (architecture,), proofs, ("time series",) if video else ("time series", "video", "mixed"))
 
 
+def _interns1_pro(*architectures: str) -> Family:
+    file = "tests/parity/test_interns1_pro.py"
+    alone = f"{file}::test_alone"
+    pictures = (alone, f"{file}::test_pictures_are_shown_as_qwen3_vl_shows_them")
+    proofs = {
+        "text": (alone, "tests/models/test_interns1_pro.py::test_text["),
+        "image": pictures,
+        "video": pictures,
+        "time series": (alone, f"{file}::test_prompts_with_time_series"),
+        "mixed": (alone,),
+        "batch": (f"{file}::test_in_a_batch",),
+        "chunked": (f"{file}::test_chunked[",),
+        "prefix cache": (f"{file}::test_after_a_prefix_hit",),
+        "preemption": (f"{file}::test_after_preemption[",),
+    }
+    return Family("InternS1-Pro", architectures, proofs, not_for=())
+
+
 def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
     proofs = {
         "text": (f"{file}::test_alone[{architecture}",),
@@ -85,7 +103,7 @@ _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
 FAMILIES = (
     _with_vision("Qwen3-VL", "Qwen3VLForConditionalGeneration", _ENGINE, "dense", **_VL),
     _with_vision("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", _ENGINE, "moe", **_VL),
-    Family("InternS1-Pro", ("InternS1ProForConditionalGeneration", "InternS1_1_ForConditionalGeneration"), {}, ()),
+    _interns1_pro("InternS1ProForConditionalGeneration", "InternS1_1_ForConditionalGeneration"),
     _with_vision(
         *("Qwen3.5", "Qwen3_5ForConditionalGeneration", _QWEN3_5, "dense"),
         **_HYBRID,

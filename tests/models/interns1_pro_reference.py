@@ -147,10 +147,10 @@ class Reference:
 
     def cos_sin(self, position):
         """FoPE (num_kv_heads, head_dim); plain rotary positions where the checkpoint has no FoPE."""
-        half, rope = self.text["head_dim"] // 2, self.text.get("rope_scaling") or {}
-        frequencies = self.text["rope_theta"] ** (-np.arange(half) / half)
+        half, rope = self.text["head_dim"] // 2, self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
+        frequencies = rope.get("rope_theta", self.text["rope_theta"]) ** (-np.arange(half) / half)
         if "fope_sep_head" in rope:
-            num_kept = rope.get("num_inv_freq")
+            num_kept = rope.get("fope_num_inv_freq", rope.get("num_inv_freq"))
             longest = self.text["max_position_embeddings"]
             kept = frequencies[:num_kept] if num_kept else frequencies[frequencies > 2 * math.pi / longest]
             tables = []

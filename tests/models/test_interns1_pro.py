@@ -93,12 +93,22 @@ def check_text(path, **options):
         {},
         {"rope_scaling": FOPE | {"num_inv_freq": None}, "max_position_embeddings": 64},
         {"rope_scaling": FOPE | {"num_inv_freq": 16}, "attention_bias": False},
+        {"rope_parameters": FOPE | {"fope_num_inv_freq": 7, "rope_theta": 5000.0}, "rope_scaling": None},
         {"rope_scaling": PLAIN_ROPE},
         {"router_n_groups": -1, "norm_topk_prob": False},
         {"router_n_groups": 4, "num_key_value_heads": 1},
         {"num_key_value_heads": 4, "mlp_only_layers": []},
     ],
-    ids=["as_published", "by_period", "all_frequencies", "plain_rope", "no_groups", "one_kv_head", "all_sparse"],
+    ids=[
+        "as_published",
+        "by_period",
+        "all_frequencies",
+        "new_words",
+        "plain_rope",
+        "no_groups",
+        "one_kv_head",
+        "all_sparse",
+    ],
 )
 def test_text(tmp_path, text):
     check_text(make_interns1_pro(tmp_path, text=text))
@@ -214,3 +224,37 @@ def test_without_time_series(tmp_path):
     assert len(model.encode([picture_input((1, 2, 2))])[0][0]) == 1
     with pytest.raises(ValueError, match="no time-series encoder"):
         model.encode([series_input(series(100, 1))])
+
+
+def test_published_configurations_have_more_fields(tmp_path, path, model):
+    """Names of code that is never run, of parts by types that Transformers does not know, and settings of training."""
+    make_interns1_pro(tmp_path)
+    config = Reference(path).config | {"auto_map": {"AutoConfig": "configuration_interns1_pro.InternS1ProConfig"}}
+    for name in ("text_config", "vision_config", "ts_config"):
+        more = {"model_type": f"interns1_pro_{name}", "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "a.B"}}
+        config[name] = config[name] | more | {"use_cache": False, "attn_implementation": "flash_attention_2"}
+    config["vision_config"]["deepstack_visual_indexes"] = [0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    items = [picture_input((1, 4, 4)), series_input(series(100, 1))]
+    for mine, other in zip(load(tmp_path).encode(items), model.encode(items), strict=True):
+        torch.testing.assert_close(mine[0], other[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 1.0)])
+def test_on_a_gpu(path, reference, dtype, tolerance):
+    model = load_model(EngineConfig(path, device="cuda", dtype=dtype, num_threads=2))
+    model.allocate_kv_cache(8)
+    samples, picture = series(700, 2), picture_input((1, 4, 6))
+    encoded = [torch.cat(segments) for segments in model.encode([series_input(samples, 100), picture])]
+    rows = [reference.series_rows(samples, 100), picture_rows(reference, picture)]
+    ids, places = tokens(5), []
+    for segment in encoded:
+        places.append((PlaceholderRange(len(ids), len(segment)), segment))
+        ids += [0] * len(segment)
+    expected = reference.logits_after(np.concatenate([reference.text_rows(tokens(5)), *rows]))
+    reference.forget()
+    request = PackedRequest(ids, torch.arange(len(ids)).expand(3, -1), [2], places)
+    logits = model.forward(pack([(request, 0, len(ids))], model.info.block_size, device=model.info.device))
+    np.testing.assert_allclose(logits[0].cpu().numpy(), expected, atol=tolerance, rtol=0)

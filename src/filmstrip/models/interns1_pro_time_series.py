@@ -22,7 +22,7 @@ WINDOW_DIM = 128
 NUM_WINDOW_HEADS = 8
 MAX_WINDOW_SAMPLES = 20_000
 """Length of the table of positions in a window."""
-MAX_SAMPLES_PER_FORWARD = 1 << 15
+MAX_SAMPLES_PER_FORWARD = 1 << 13
 """Samples of all windows and channels that are encoded at once, which bounds memory (windows and channels do not see each
 other until their vectors are there, so the result is the same)."""
 

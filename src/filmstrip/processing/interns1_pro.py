@@ -56,8 +56,8 @@ class InternS1ProProcessor(Qwen3VLProcessor):
     def plan_time_series(self, metadata: TimeSeriesMetadata) -> SeriesPlan:
         """The beginning of the series, in windows whose length follows from the sampling rate.
 
-        Without a rate, a quarter of the number of samples stands in for it. Raises MediaError for a series that is shorter
-        than two windows.
+        Without a rate, a quarter of the number of samples stands in for it. Raises MediaError for a series that is not
+        longer than one window.
         """
         num_samples = min(metadata.num_samples, MAX_SAMPLES)
         rate = metadata.sampling_rate or max(num_samples / 4, 1.0)
