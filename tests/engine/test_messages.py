@@ -12,7 +12,8 @@ import pytest
 from filmstrip import channel
 from filmstrip.config import EngineConfig
 from filmstrip.engine import messages
-from filmstrip.types import SamplingParams
+from filmstrip.shared_tensor import SharedTensor
+from filmstrip.types import MediaFeature, Modality, PlaceholderRange, SamplingParams
 from tests.fakes import feature, prompt
 
 
@@ -52,6 +53,20 @@ def test_a_prompt_arrives_as_it_was_sent(connections):
         assert vars(mine) | {"patches": 0} == vars(theirs) | {"patches": 0}
         theirs.patches.array[0, 0] ^= 255
         assert mine.patches.array[0, 0] == theirs.patches.array[0, 0], "pixels were copied"
+
+
+def test_a_time_series_arrives_as_it_was_sent(connections):
+    left, right = connections
+    samples = SharedTensor.create((7, 3), "float32")
+    samples.array[:] = np.random.default_rng(0).normal(size=(7, 3))
+    place = (PlaceholderRange(2, 4),)
+    item = MediaFeature(Modality.TIME_SERIES, samples, (1, 1, 1), None, "content", place, hop=160)
+    send(left, *messages.add_request("a", prompt(9, item, mrope=False), SamplingParams(), ()))
+    payload, descriptors = channel.FrameReader(right).read()
+    (got,) = messages.processed_prompt(messages.decode_to_engine(payload), descriptors).features
+    assert got.patches.array.dtype == np.float32
+    np.testing.assert_array_equal(got.patches.array, samples.array)
+    assert vars(got) | {"patches": 0} == vars(item) | {"patches": 0}
 
 
 def test_a_prompt_without_positions_and_media(connections):

@@ -66,6 +66,8 @@ def make_interns1_pro(
                 parameter.mul_(0.5).add_(torch.eye(parameter.shape[-1]))
     path.mkdir(parents=True, exist_ok=True)
     weights = _as_published(dict(model.state_dict()), expert_layout)
+    if config.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
     if not with_optional_weights:
         optional = ("k_proj.bias", ".pe")
         weights = {

@@ -84,6 +84,7 @@ class Reference:
         self.text = self.config["text_config"]
         stored = load_file(Path(path) / "model.safetensors")
         self.weights = {name: weight.astype(np.float64) for name, weight in stored.items()}
+        self.weights.setdefault("lm_head.weight", self.weights["model.language_model.embed_tokens.weight"])
         self.keys = [[] for _ in range(self.text["num_hidden_layers"])]
         self.values = [[] for _ in range(self.text["num_hidden_layers"])]
 

@@ -120,6 +120,24 @@ def test_weights_as_published(tmp_path, layout, architecture):
     check_text(make_interns1_pro(tmp_path, expert_layout=layout, architecture=architecture))
 
 
+def test_tied_embeddings(tmp_path):
+    check_text(make_interns1_pro(tmp_path, tie_word_embeddings=True))
+
+
+def test_in_bfloat16(path, reference):
+    model = load_model(EngineConfig(path, device="cpu", dtype="bfloat16", num_threads=2))
+    model.allocate_kv_cache(8)
+    samples, ids = series(700, 2), tokens(40)
+    (rows,) = model.encode([series_input(samples, 100)])[0]
+    assert rows.dtype == torch.bfloat16
+    np.testing.assert_allclose(rows[:, 0].float().numpy(), reference.series_rows(samples, 100), atol=0.1, rtol=0)
+    request = text_request(ids, blocks(0, 40, model.info.block_size))
+    logits = model.forward(pack([(request, 0, 40)], model.info.block_size))
+    expected = reference.logits_after(reference.text_rows(ids))
+    reference.forget()
+    np.testing.assert_allclose(logits[0].numpy(), expected, atol=1.0, rtol=0)
+
+
 def test_is_qwen3_moe_without_fope_and_groups(tmp_path):
     path = make_interns1_pro(tmp_path, text={"rope_scaling": None, "router_n_groups": None})
     model, reference = load(path), Reference(path)

@@ -33,6 +33,7 @@ class InternS1ProForConditionalGeneration(PreTrainedModel):
     base_model_prefix = "model"
     _supports_sdpa = True
     _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012 - never changed
     # The first is what LMDeploy has and Whisper has not; the second follows from a formula.
     _keys_to_ignore_on_load_missing = [  # noqa: RUF012 - read by Transformers, never changed
         r"time_series\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias",

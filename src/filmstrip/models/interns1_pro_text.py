@@ -82,8 +82,8 @@ class InternS1ProAttention(Qwen3MoeAttention):
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         cos, sin = position_embeddings
-        groups = self.num_key_value_groups
-        query = _rotated(query, cos.repeat_interleave(groups, dim=1), sin.repeat_interleave(groups, dim=1))
+        query = query.unflatten(1, (-1, self.num_key_value_groups))
+        query = _rotated(query, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
         key = _rotated(key, cos, sin)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, _ = attend(

@@ -40,7 +40,7 @@ class WindowPositions(nn.Module):
 
     def forward(self, samples: torch.Tensor) -> torch.Tensor:
         """(window_length, batch, WINDOW_DIM) to the same."""
-        return samples + self.pe[: len(samples)]
+        return samples + self.pe[: len(samples)].to(samples.dtype)
 
 
 class WindowEncoder(nn.Module):
