@@ -156,13 +156,18 @@ def _without_roles(settings):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda old: {k: v for k, v in old.items() if k != "ts_config"}, lambda old: old | {"ts_token_id": 99_999}],
-    ids=["no_encoder", "no_such_token"],
+    [
+        lambda old: {key: value for key, value in old.items() if key != "ts_config"},
+        lambda old: old | {"ts_config": None},
+        lambda old: old | {"ts_token_id": 99_999},
+    ],
+    ids=["no_encoder", "null", "no_such_token"],
 )
 def test_checkpoints_that_take_no_time_series(path, tmp_path, change, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(InvalidRequestError, match="takes no time_series_url"):
         build(copy_of(path, tmp_path, config=change), user(series(np.arange(50.0))))
-    assert ("no control token for time series" in caplog.text) == ("ts_config" in change({"ts_config": {}}))
+    has_encoder = change({"ts_config": {}}).get("ts_config") is not None
+    assert ("no control token for time series" in caplog.text) == has_encoder
 
 
 def test_pictures_make_room_for_a_series(path, tmp_path):

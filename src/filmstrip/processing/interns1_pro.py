@@ -116,7 +116,7 @@ def window_hop(sampling_rate: float) -> int:
 def _ts_token_id(tokenizer: Tokenizer, files: CheckpointFiles) -> int | None:
     """The control token that stands for a time series, as the checkpoint's files say; None if it takes none."""
     config = files.json("config.json")
-    if "ts_config" not in config:
+    if config.get("ts_config") is None:
         return None
     named = tokenizer.named_tokens.get("ts_token") or files.json("processor_config.json").get("ts_token") or _TS_TOKEN
     token_id = config.get("ts_token_id", tokenizer.special_tokens.get(named))
