@@ -1,11 +1,13 @@
 """The teacher's facts are where the painted things are, and its loss falls when features hold them."""
 
+import random
+
 import numpy as np
 import torch
 
-from filmstrip.demo.questions import View
+from filmstrip.demo.questions import View, ask, ask_of_two, grid_name
 from filmstrip.demo.scenes import COLOURS, SHAPES, Painter, Scene, make_scene
-from filmstrip.demo.teacher import Cells, ClockTeacher, HistoryTeacher, Stories, StoryTeacher, Teacher, cells_of
+from filmstrip.demo.teacher import Cells, Clocks, ClockTeacher, HistoryTeacher, Stories, StoryTeacher, Teacher, cells_of
 
 _COLOURS = ("none", *COLOURS)
 _SHAPES = ("none", *SHAPES, *"0123456789")
@@ -184,21 +186,61 @@ def test_stories_are_of_the_whole_clip_and_can_be_read_from_features_that_hold_t
     assert found == {}
 
 
-def test_the_clock_reads_the_label_that_features_hold() -> None:
+def test_clocks_tell_what_is_seen_at_the_nearest_time() -> None:
     torch.manual_seed(0)
-    teacher = ClockTeacher(8)
-    features, labels = torch.randn(3, 8), ["0.2", "24.9", "3.1"]
+    checked = 0
+    for seed in range(60):
+        scene = make_scene(seed)
+        view = View(scene, [i / 4 for i in range(4 * scene.num_frames // scene.frames_per_second)])
+        asked = [
+            q
+            for n in range(8)
+            for kind in ("digit_at", "where_at", "colour")
+            if (q := ask(kind, view, random.Random(n)))
+        ]
+        clocks = Clocks.of(asked, [view])
+        for question, nearest, (digit, *ends), spot in zip(
+            asked, clocks.nearest, clocks.others, clocks.spots, strict=True
+        ):
+            assert ends == [-100, -100]
+            if question.kind == "colour":
+                assert (nearest, digit) == (-100, -100)
+                assert np.isnan(spot).all()
+                continue
+            said = next(float(word) for word in question.text.replace(",", "").rstrip("?").split() if word[0].isdigit())
+            middles = [(group[0] + group[-1]) / 2 for group in view.groups]
+            assert abs(nearest / 10 - said) <= min(abs(middle - said) for middle in middles) + 0.11
+            if question.kind == "digit_at":
+                assert ("None", *_SHAPES[1:])[digit] == question.answer
+            else:
+                x, y = (spot + 1) / 2 * (scene.width, scene.height)
+                assert grid_name(scene, x, y) in (question.answer.lower(), None)
+            checked += 1
+    assert checked > 100
+    views = [View(make_scene(seed), [0.0, 0.5, 1.0, 1.5]) for seed in (1, 2)]
+    compared = next(q for n in range(50) if (q := ask_of_two((views[0], views[1]), random.Random(n))))
+    assert Clocks.of([compared], views).others.tolist() == [[-100, 12, 12]]
+
+
+def test_clocks_can_be_read_from_features_that_hold_them() -> None:
+    torch.manual_seed(0)
+    clocks = Clocks(
+        np.array([2, 249, -100]),
+        np.array([[3, -100, -100], [0, -100, -100], [-100, 31, 45]]),
+        np.array([[0.5, -0.5], [np.nan, np.nan], [np.nan, np.nan]]),
+    )
+    teacher, features = ClockTeacher(8), torch.randn(3, 8)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.03)
-    found = {}
-    for _ in range(60):
-        loss, found = teacher(features, labels)
+    losses, found = [], {}
+    for _ in range(80):
+        loss, found = teacher(features, features, clocks)
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert found == {"knows_moment": 1.0}
-    assert teacher(features, labels[::-1])[1]["knows_moment"] < 1
-    # A time that has no token of its own is not asked for.
-    assert teacher(features[:1], ["31.0"])[0] == 0
-    nothing, found = teacher(features[:0], [])
+    assert losses[-1] < 0.1 * losses[0]
+    assert found == {"knows_moment": 1.0, "knows_digit": 1.0, "knows_end": 1.0}
+    assert teacher(features.roll(1, 0), features.roll(1, 0), clocks)[0] > 5 * losses[-1]
+    nothing, found = teacher(features[:0], features[:0], Clocks.of([], []))
     assert nothing == 0
     assert found == {}

@@ -283,13 +283,7 @@ def test_a_thing_must_be_known_where_its_question_ends_or_its_sentence_starts(po
     assert [(watcher.tokenizer.hf.decode([turn.tokens[at]]), thing) for at, thing in turn.things] == [
         ("?", about.thing)
     ]
-    assert turn.moment is None
-    when = _ask("where_at", view)
-    turn = watcher.turn(when, first=True)
-    assert turn.moment is not None
-    place, label = turn.moment
-    assert label == when.moment
-    assert place == turn.things[0][0]
+    assert turn.asked == turn.things[0][0]
     digits_view = max(views, key=lambda view: len(view.digits))
     looks = list_looks(view)
     assert looks is not None

@@ -80,14 +80,14 @@ class Shown:
 class Turn:
     """A question and its answer: which of the ``tokens`` the model has to say, and where it must know a thing.
 
-    That is at the last token of a question about it, and right before a sentence about it; ``moment`` is the place of the
-    last token of a question about a time, with the label nearest to it.
+    That is at the last token of a question about it, and right before a sentence about it; ``asked`` is the place of the
+    question's last token.
     """
 
     tokens: list[int]
     is_answer: list[bool]
     things: list[tuple[int, Thing]]
-    moment: tuple[int, str] | None
+    asked: int
 
 
 class Watcher:
@@ -149,14 +149,14 @@ class Watcher:
         tokens = [] if first else [*self.encode("\n"), self._start, *self.encode("user\n")]
         tokens += self.encode(question.text)
         things = [(len(tokens) - 1, question.thing)] if question.thing is not None else []
-        moment = None if question.moment is None else (len(tokens) - 1, question.moment)
+        asked = len(tokens) - 1
         tokens += [self._end, *self.encode("\n"), self._start, *self.encode("assistant\n")]
         answer = [*self.encode(question.answer), self._end]
         if question.listed:
             stop = self.encode("." if "." in question.answer else ",")  # digits are listed with commas
             before = [-1, *(place for place, token in enumerate(answer) if (token,) == stop)]
             things += [(len(tokens) + before[place], thing) for place, thing in enumerate(question.listed)]
-        return Turn(tokens + answer, [False] * len(tokens) + [True] * len(answer), things, moment)
+        return Turn(tokens + answer, [False] * len(tokens) + [True] * len(answer), things, asked)
 
 
 class Pool:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from filmstrip.demo.questions import View
+from filmstrip.demo.questions import Question, View
 from filmstrip.demo.scenes import COLOURS, DIGITS, SHAPES, Scene, Thing
 
 _COLOURS = ("none", *COLOURS)
@@ -37,6 +37,7 @@ _HISTORY_SIZES = {
 }
 _NOT_ASKED = -100
 _NEVER = _NUM_TENTHS
+_CLOCK_SIZES = {"early": (_NUM_TENTHS,), "late": (len(_SHAPES), _NUM_TENTHS, _NUM_TENTHS, 2)}
 _STORY_SIZES = (*[_NUM_TENTHS + 1] * 3, len(_COLOURS), len(_SHAPES), len(_COLOURS), _NUM_MEDIA, 7)
 _CELL_ARRAYS = ("colours", "shapes", "shown", "places", "spots", "extents")
 
@@ -178,6 +179,48 @@ class Stories:
     def join(parts: list[Stories]) -> Stories:
         """Of several prompts, one after the other."""
         return Stories(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass
+class Clocks:
+    """What questions need to know of times, one row for each; -100 and NaN where they do not.
+
+    ``nearest`` (num_questions,) is which of the prompt's times is meant, in tenths of a second; ``others``
+    (num_questions, 3) are the digit that is shown then (0 for none), and the last times of two videos; ``spots``
+    (num_questions, 2) is where the thing that is asked about is then.
+    """
+
+    nearest: np.ndarray
+    others: np.ndarray
+    spots: np.ndarray
+
+    @staticmethod
+    def of(questions: list[Question], views: list[View]) -> Clocks:
+        """Of questions about videos."""
+        clocks = Clocks(
+            *(np.full(len(questions), _NOT_ASKED), np.full((len(questions), 3), _NOT_ASKED)),
+            np.full((len(questions), 2), np.nan),
+        )
+        for number, question in enumerate(questions):
+            if question.kind == "compare":
+                clocks.others[number, 1:] = [_tenths(view.labels[-1]) for view in views]
+            if question.moment is None:
+                continue
+            (view,) = views
+            group = view.groups[view.labels.index(question.moment)]
+            shown = [digit for digit in view.digits if any(digit.is_shown(seconds) for seconds in group)]
+            clocks.nearest[number] = _tenths(question.moment)
+            clocks.others[number, 0] = _SHAPES.index(shown[0].shape) if shown else 0
+            times = [seconds for seconds in group if question.thing and question.thing.is_shown(seconds)]
+            if question.thing is not None and times:
+                x, y, _ = question.thing.place(times[0])
+                clocks.spots[number] = (2 * x / view.scene.width - 1, 2 * y / view.scene.height - 1)
+        return clocks
+
+    @staticmethod
+    def join(parts: list[Clocks]) -> Clocks:
+        """Of several prompts, one after the other."""
+        return Clocks(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def _way(thing: Thing, view: View) -> tuple[float, ...]:
@@ -367,19 +410,37 @@ class StoryTeacher(nn.Module):
 
 
 class ClockTeacher(nn.Module):
-    """Reads from the last token of a question about a time which of the times in the prompt is meant."""
+    """Reads from the last tokens of questions what they need to know of times: which is meant, what is seen then."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(num_features)
-        self.read = nn.Linear(num_features, _NUM_TENTHS)
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(num_features) for name in _CLOCK_SIZES})
+        self.reads = nn.ModuleDict({name: nn.Linear(num_features, sum(sizes)) for name, sizes in _CLOCK_SIZES.items()})
 
-    def forward(self, features: torch.Tensor, labels: list[str]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss, and how much is read right; ``features`` are (num_labels, num_features)."""
-        wanted = torch.tensor([_tenths(label) for label in labels]).long()
-        logits = self.read(self.norm(features.float()))
-        loss = _class_loss(logits, wanted)
-        return loss, {"knows_moment": float((logits.argmax(-1) == wanted).float().mean())} if labels else {}
+    def forward(self, early: torch.Tensor, late: torch.Tensor, clocks: Clocks) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss, and how much is read right; ``early`` and ``late`` are (num_questions, num_features), of two layers."""
+        (meant,) = self._read("early", early)
+        *classes, spots = self._read("late", late)
+        nearest, others = torch.from_numpy(clocks.nearest), torch.from_numpy(clocks.others)
+        loss = _class_loss(meant, nearest) + spots.sum() * 0.0
+        for logits, wanted in zip(classes, others.unbind(-1), strict=True):
+            loss = loss + _class_loss(logits, wanted)
+        wanted_spots = torch.from_numpy(clocks.spots).float()
+        known = ~wanted_spots.isnan().any(-1)
+        if bool(known.any()):
+            loss = loss + 8 * F.smooth_l1_loss(spots[known], wanted_spots[known], beta=0.05)
+        seen = {}
+        for name, logits, wanted in (
+            ("knows_moment", meant, nearest),
+            ("knows_digit", classes[0], others[:, 0]),
+            ("knows_end", classes[2], others[:, 2]),
+        ):
+            if bool((wanted >= 0).any()):
+                seen[name] = float((logits.argmax(-1) == wanted)[wanted >= 0].float().mean())
+        return loss, seen
+
+    def _read(self, name: str, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.reads[name](self.norms[name](features.float())).split(_CLOCK_SIZES[name], -1)
 
 
 def _class_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,7 @@ from filmstrip.demo.recipe import TIMES, make_model, write_checkpoint
 from filmstrip.demo.scenes import Thing
 from filmstrip.demo.teacher import (
     Cells,
+    Clocks,
     ClockTeacher,
     FactEmbedding,
     HistoryTeacher,
@@ -85,8 +86,7 @@ _QUERY_KEY_SCALE = 1.5
 _LOG_PERIODS = (-0.5, 2.0)
 """Of the waves that times start as: 0.3 to 100 seconds."""
 _HISTORY_LAYERS = (1, 3)
-"""Behind which layers of the text model its visual tokens are asked what earlier groups tell; behind the first, questions
-which time they mean."""
+"""Behind which layers of the text model its visual tokens are asked what earlier groups tell, and questions for times."""
 _STORY_LAYER = 4
 """Behind which the places that must know a thing are asked for its story."""
 _MUON_SCALE = 3.0
@@ -124,8 +124,9 @@ class Sample(Seen):
     asked: list[int]
     """Places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
-    moments: list[tuple[int, str]]
-    """Places where a time that was asked about must be known, and the label that is nearest to it."""
+    ends: list[int]
+    """Places of the last tokens of questions, and what they need to know of times."""
+    clocks: Clocks
     shows_facts: bool = False
 
 
@@ -153,8 +154,9 @@ class Batch(Glimpses):
     asked: torch.Tensor
     """Flat places where the model must know a thing, and what the clip tells of it."""
     stories: Stories
-    moments: list[tuple[int, str]]
-    """Flat places where a time that was asked about must be known, and the label that is nearest to it."""
+    ends: torch.Tensor
+    """Flat places of the last tokens of questions, and what they need to know of times."""
+    clocks: Clocks
     shows_facts: bool
 
 
@@ -188,7 +190,7 @@ def pack_facts(
     sample.places = (np.cumsum(keep) - 1)[sample.places[is_kept]]
     sample.all_cells = cells.keep(is_kept)
     sample.asked = (np.cumsum(keep) - 1)[sample.asked].tolist()
-    sample.moments = [(int(keep[:place].sum()), label) for place, label in sample.moments]
+    sample.ends = (np.cumsum(keep) - 1)[sample.ends].tolist()
     sample.shows_facts = True
     return sample
 
@@ -203,7 +205,7 @@ def _packed(
     start = int(positions[0].max()) + 1
     kinds: list[tuple[str, int]] = []
     asked: list[int] = []
-    moments: list[tuple[int, str]] = []
+    ends: list[int] = []
     things: list[tuple[Thing, View, int]] = []
     for number, chain in enumerate(chains, 1):
         length = 0
@@ -211,7 +213,7 @@ def _packed(
             turn = watcher.turn(question, first=place == 0)
             asked += [len(tokens) + at for at, _ in turn.things]
             things += [(thing, *_home_of(thing, shown)) for _, thing in turn.things]
-            moments += [(len(tokens) + turn.moment[0], turn.moment[1])] if turn.moment is not None else []
+            ends.append(len(tokens) + turn.asked)
             tokens += turn.tokens
             is_answer += turn.is_answer
             length += len(turn.tokens)
@@ -232,7 +234,8 @@ def _packed(
         Cells.join(cells),
         asked,
         Stories.of(things),
-        moments,
+        ends,
+        Clocks.of(list(itertools.chain.from_iterable(chains)), [each.view() for each in shown if each.kind == "video"]),
     )
 
 
@@ -303,7 +306,8 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
         *(places, Cells.join([sample.all_cells for sample in samples])),
         torch.tensor([row * length + place for row, sample in enumerate(samples) for place in sample.asked]).long(),
         Stories.join([sample.stories for sample in samples]),
-        [(row * length + place, label) for row, sample in enumerate(samples) for place, label in sample.moments],
+        torch.tensor([row * length + place for row, sample in enumerate(samples) for place in sample.ends]),
+        Clocks.join([sample.clocks for sample in samples]),
         samples[0].shows_facts,
     )
 
@@ -757,9 +761,7 @@ class Trainer:
             early, late, last = (self._states_of(states).flatten(0, 1) for states in self._recalled)
             behind, known = state.history(early[batch.places], late[batch.places], batch.all_cells.history)
             aside, found = state.story(last[batch.asked], batch.stories)
-            meant, told = state.clock(
-                early[[place for place, _ in batch.moments]], [label for _, label in batch.moments]
-            )
+            meant, told = state.clock(early[batch.ends], late[batch.ends], batch.clocks)
             scores.see({**known, **found, **told})
             loss = loss + self._arguments.history_weight * (behind + meant) + self._arguments.story_weight * aside
         if batch.pixels:
