@@ -99,6 +99,8 @@ _VL = {"batch": "test_in_a_batch_of_eight", "prefix": "test_after_a_prefix_hit",
 _HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
 _QWEN2_VL = "tests/parity/test_qwen2_vl.py"
 _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
+_GLM_V = "tests/parity/test_glm_v.py"
+_GLM = _RUN | {"prompts": f"{_GLM_V}::test_prompts["}
 
 FAMILIES = (
     _with_vision("Qwen3-VL", "Qwen3VLForConditionalGeneration", _ENGINE, "dense", **_VL),
@@ -124,6 +126,9 @@ FAMILIES = (
         **_RUN,
         prompts=f"{_QWEN2_VL}::test_prompts[qwen2_vl",
     ),
+    _with_vision("GLM-4.1V", "Glm4vForConditionalGeneration", _GLM_V, "glm_4_1v", **_GLM),
+    _with_vision("GLM-4.5V", "Glm4vMoeForConditionalGeneration", _GLM_V, "glm_4_5v", **_GLM),
+    _with_vision("GLM-4.6V", "Glm46VForConditionalGeneration", _GLM_V, "glm_4_6v", **_GLM),
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),

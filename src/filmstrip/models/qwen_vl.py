@@ -75,7 +75,7 @@ class QwenVLModel:
         pixels = torch.cat(
             [normalize_patches(piece.patches.to(self.info.device), piece.normalization) for piece in pieces]
         )
-        grid_thw = torch.tensor([piece.grid_thw for piece in pieces], device=self.info.device)
+        grid_thw = torch.tensor([grid for piece in pieces for grid in self._grids(piece)], device=self.info.device)
         output = self._visual(pixels.to(self.info.dtype), grid_thw=grid_thw)
         # A tower without DeepStack has no such field.
         levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
@@ -87,6 +87,10 @@ class QwenVLModel:
             result.append([torch.stack([level[row : row + num_rows] for level in levels], dim=1) for row in starts])
             start += num_rows * piece.num_segments
         return result
+
+    def _grids(self, piece: EncoderInput) -> list[tuple[int, int, int]]:
+        """What the vision tower is told of the patches of ``piece``: patch grids (time, height, width), in order."""
+        return [piece.grid_thw]
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -113,6 +117,14 @@ class QwenVLModel:
             return {}
         added = [torch.cat([placement.embeddings[:, level] for placement in placements]) for level in levels]
         return {"visual_pos_masks": rows.unsqueeze(0), "deepstack_visual_embeds": added}
+
+
+class GlmVModel(QwenVLModel):
+    """A checkpoint of GLM-4.1V, GLM-4.5V or GLM-4.6V, whose vision tower takes each temporal group for a picture."""
+
+    def _grids(self, piece: EncoderInput) -> list[tuple[int, int, int]]:
+        grid_t, grid_h, grid_w = piece.grid_thw
+        return [(1, grid_h, grid_w)] * grid_t
 
 
 class LinearPatchEmbed(torch.nn.Module):

@@ -12,6 +12,9 @@ from filmstrip.errors import ModelLoadError
 _MODEL_CLASSES = {
     "Gemma3ForCausalLM": "filmstrip.models.text:TextModel",
     "Gemma3ForConditionalGeneration": "filmstrip.models.vision_text:Gemma3Model",
+    "Glm46VForConditionalGeneration": "filmstrip.models.qwen_vl:GlmVModel",
+    "Glm4vForConditionalGeneration": "filmstrip.models.qwen_vl:GlmVModel",
+    "Glm4vMoeForConditionalGeneration": "filmstrip.models.qwen_vl:GlmVModel",
     "InternS1ProForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternS1_1_ForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",

@@ -56,8 +56,16 @@ class Qwen3VLProcessor:
     """Implements :class:`filmstrip.processing.base.Processor`."""
 
     modalities = frozenset({Modality.IMAGE, Modality.VIDEO})
+    image_defaults: Mapping[str, Any] = _IMAGE_DEFAULTS
     video_defaults: Mapping[str, Any] = _VIDEO_DEFAULTS
-    """Settings of the family's video processor that a checkpoint's files leave out."""
+    """Settings of the family's image and video processor that a checkpoint's files leave out."""
+    control_tokens: tuple[tuple[str, str], ...] = (
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    )
+    """An image's token, a video's, the start and the end of either: the field of config.json, and the token."""
 
     def __init__(
         self, tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
@@ -67,13 +75,12 @@ class Qwen3VLProcessor:
         image_file = files.processor_section("image_processor", "preprocessor_config.json")
         # As in Transformers: without a file of their own, videos are shown by the settings for images.
         video_file = files.processor_section("video_processor", "video_preprocessor_config.json") or image_file
-        self._image = parse_vision_settings(image_file, _IMAGE_DEFAULTS, "preprocessor_config.json")
+        self._image = parse_vision_settings(image_file, self.image_defaults, "preprocessor_config.json")
         self._video = parse_vision_settings(video_file, self.video_defaults, "video_preprocessor_config.json")
         self._max_video_frames = media.max_video_frames
-        self._image_pad = _token_id(tokenizer, model_config, "image_token_id", "<|image_pad|>")
-        self._video_pad = _token_id(tokenizer, model_config, "video_token_id", "<|video_pad|>")
-        self._vision_start = _token_id(tokenizer, model_config, "vision_start_token_id", "<|vision_start|>")
-        self._vision_end = _token_id(tokenizer, model_config, "vision_end_token_id", "<|vision_end|>")
+        self._image_pad, self._video_pad, self._vision_start, self._vision_end = (
+            _token_id(tokenizer, model_config, key, token) for key, token in self.control_tokens
+        )
         self._nested = _is_nested(config.video_prompt_form)
 
     def plan_image(self, metadata: ImageMetadata, pixels: PixelLimits) -> FramePlan:

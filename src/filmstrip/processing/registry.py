@@ -15,6 +15,9 @@ from filmstrip.types import Modality
 
 _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
+    "Glm46VForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
+    "Glm4vForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
+    "Glm4vMoeForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
     "InternS1ProForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
     "InternS1_1_ForConditionalGeneration": ("filmstrip.processing.interns1_pro", "InternS1ProProcessor"),
     "Gemma3ForCausalLM": _TEXT,
