@@ -173,9 +173,8 @@ class PatchLayout:
 class View:
     """A canvas of ``height`` x ``width`` pixels that a frame is laid on before it is cut into patches.
 
-    The frame, or its part ``box`` (top, left, height, width), is resized to ``resized_height`` x ``resized_width`` and its
-    upper left corner laid at (``top``, ``left``), which may be negative: what sticks out is cut off. The rest of the canvas
-    is ``fill`` (red, green, blue).
+    The frame is resized to ``resized_height`` x ``resized_width`` and its upper left corner laid at (``top``, ``left``),
+    which may be negative: what sticks out is cut off. The rest of the canvas is black.
     """
 
     height: int
@@ -184,8 +183,6 @@ class View:
     resized_width: int
     top: int = 0
     left: int = 0
-    box: tuple[int, int, int, int] | None = None
-    fill: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,10 @@ def resize_frame(rgb: np.ndarray, height: int, width: int, resample: Resample = 
 
 def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
     """What ``view`` shows of a uint8 (H, W, 3) frame: uint8 (view.height, view.width, 3)."""
-    if view.box is not None:
-        top, left, height, width = view.box
-        rgb = rgb[top : top + height, left : left + width]
     resized = resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy()
     if resized.shape[:2] == (view.height, view.width) and (view.top, view.left) == (0, 0):
         return resized
-    canvas = np.full((view.height, view.width, 3), view.fill, np.uint8)
+    canvas = np.zeros((view.height, view.width, 3), np.uint8)
     rows, columns = (
         slice(min(max(start, 0), size), min(max(start + length, 0), size))
         for start, size, length in (
