@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from filmstrip import LLM, SamplingParams
 from filmstrip.config import EngineConfig
 from filmstrip.models.loader import load_model
 from filmstrip.models.qwen_vl import normalize_patches
@@ -227,3 +228,16 @@ def test_after_preemption(model, asked, expected, prefix):
     assert engine.stats()["num_preemptions"] > 0
     for name in names:
         check(results[name], expected[name])
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3"])
+def test_from_messages_to_words(name, paths, all_conversations, references):
+    """Through the engine's process, with a step smaller than a picture."""
+    cases = {
+        case: all_conversations[name][case] for case in ("mixed", "image_turns") if case in all_conversations[name]
+    }
+    sizes = {"kv_cache_gb": 0.02, "encoder_cache_gb": 0.01, "max_num_batched_tokens": 5}
+    with LLM(paths[name], device="cpu", dtype="float32", num_threads=2, num_decode_threads=2, **sizes) as llm:
+        for case, conversation in cases.items():
+            out = llm.chat(conversation.messages, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+            assert out.token_ids == references[f"{name}_{case}"]["new_token_ids"][:8].tolist()
