@@ -74,21 +74,24 @@ def test_fetch_add():
     assert counter[0] == 8
 
 
-@pytest.mark.parametrize("limits", [(32, 32), (5, 0), (0, 9), (17, 1)])
-def test_softmax_in_two_steps(limits):
-    """Weights relative to the running maximum; columns past the limit, whatever they hold, get weight 0."""
+@pytest.mark.parametrize(
+    "ranges", [((0, 32), (0, 32)), ((0, 5), (0, 0)), ((0, 0), (2, 9)), ((3, 17), (1, 1)), ((9, 32), (31, 32))]
+)
+def test_softmax_in_two_steps(ranges):
+    """Weights relative to the running maximum; columns outside the range, whatever they hold, get weight 0."""
     generator = np.random.default_rng(0)
     scores = generator.normal(0, 20, (2, 32)).astype(np.float32)
     output, state = np.ones(8, dtype=np.float32), np.array([LOWEST, 0.0], dtype=np.float32)
     seen = []
-    for row, limit in zip(scores, limits, strict=True):
-        weights = row.copy()
-        weights[limit:] = np.nan
-        softmax_row(weights, limit, output, state)
-        seen += list(row[:limit].astype(float))
+    for row, (first, limit) in zip(scores, ranges, strict=True):
+        weights = np.full_like(row, np.nan)
+        weights[first:limit] = row[first:limit]
+        softmax_row(weights, first, limit, output, state)
+        seen += list(row[first:limit].astype(float))
         np.testing.assert_allclose(
-            weights[:limit], np.exp2(row[:limit] - state[0].astype(float)), rtol=1e-5, atol=1e-30
+            weights[first:limit], np.exp2(row[first:limit] - state[0].astype(float)), rtol=1e-5, atol=1e-30
         )
+        assert np.all(weights[:first] == 0)
         assert np.all(weights[limit:] == 0)
     assert state[0] == np.float32(max(seen))
     np.testing.assert_allclose(state[1], np.exp2(np.array(seen) - max(seen)).sum(), rtol=1e-5)
