@@ -13,8 +13,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e . --group dev
 	touch $(STAMP)
 
-demo: $(STAMP)  ## ask a served checkpoint about a bundled clip over HTTP
-	$(BIN)/python -m filmstrip.demo
+demo: $(STAMP)  ## ask the bundled model about bundled clips over HTTP
+	$(BIN)/filmstrip demo --once
 
 # The parity tests run Transformers' video processors in a process of their own; those need torchvision, which must stay
 # out of the environment that Filmstrip runs in.

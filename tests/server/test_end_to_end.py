@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from filmstrip.demo.clip import make_clip
+from tests.parity.clips import make_clip
 from tests.server.test_chat import URL
 from tests.server.test_connections import wait_for
 
@@ -22,7 +22,7 @@ class Server:
     """A running server and what can be asked of it."""
 
     def __init__(self, model: str, folder: Path) -> None:
-        self.clip = make_clip(folder / "clip.mp4")
+        self.clip = make_clip(folder / "clip.mp4", 192, 640, 360, rate=24)
         self.log = folder / "log"
         flags = ["--port", "0", "--served-model-name", "tiny", "--allowed-local-media-path", str(folder)]
         sizes = ["--kv-cache-gb", "0.05", "--encoder-cache-gb", "0.05", "--max-model-len", "8192", "--num-threads", "2"]

@@ -225,6 +225,20 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON")
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Ask the small model that comes with Filmstrip three questions about clips of coloured shapes, then leave its page "
+        "open for yours."
+    )
+    parser.add_argument("--once", action="store_true", help="End after the three answers")
+    only = {"host", "port"}
+    others = {field.name for field in dataclasses.fields(ServerConfig)} - only
+    address = parser.add_argument_group("server", "Without these, a free port of this machine only.")
+    add_flags(address, ServerConfig, skip=others, bounds=_BOUNDS, show_defaults=False)
+    parser.set_defaults(host="127.0.0.1", port=0)
+    parser.add_argument("--model", metavar="MODEL", help="Checkpoint to ask instead of the bundled one")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Directory of a checkpoint, or its id on the Hugging Face hub")
 
@@ -347,5 +361,6 @@ _COMMANDS = {
     "chat": ("ask a model in the terminal", '%(prog)s MODEL [options] ["question"]', _add_chat),
     "inspect": ("show what a model would see of a video", "%(prog)s FILE_OR_URL [options]", _add_inspect),
     "models": ("list the models that can be served", None, _add_models),
+    "demo": ("ask the bundled model about bundled clips", None, _add_demo),
 }
 """Help, usage and what adds the flags, by command."""

@@ -16,6 +16,7 @@ _COMMANDS = {
     "chat": "filmstrip.cli.chat",
     "inspect": "filmstrip.cli.inspect",
     "models": "filmstrip.cli.models",
+    "demo": "filmstrip.cli.demo",
 }
 """Loaded on demand: a model's libraries take seconds to load, ``--help`` must not."""
 
