@@ -81,6 +81,7 @@ _FEW_GROUPS = 5
 _EMPTINESS = 4
 """The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
+_PAIR_SHARE = 0.3
 _GLIMPSED_SHARE = 0.5
 _QUERY_KEY_SCALE = 1.5
 _LOG_PERIODS = (-0.5, 2.0)
@@ -400,11 +401,19 @@ class Drawer:
             video = self._pool.items[place - 1] if item[1].of_seed is not None else self._video(rng)
             video = video if video[1].kind == "video" else self._video(rng)
             return [item, video] if rng.random() < 0.5 else [video, item]
-        if rng.random() < 0.17:
-            other = self._video(rng)
+        if rng.random() < _PAIR_SHARE:
+            other = self._partner(item[1], rng)
             num_frames = len(item[1].frame_seconds) + len(other[1].frame_seconds)
             return [item, other] if num_frames <= 2 * _MAX_GROUPS_OF_TWO else [item]
         return [item]
+
+    def _partner(self, shown: Shown, rng: random.Random) -> tuple[str, Shown]:
+        """Another video; half of them have something in common with the first, so that both are the answer at times."""
+        if rng.random() < 0.5:
+            return self._video(rng)
+        seen = _looks_and_motions(shown)
+        candidates = [self._video(rng) for _ in range(8)]
+        return max(candidates, key=lambda candidate: len(seen & _looks_and_motions(candidate[1])))
 
     def _video(self, rng: random.Random) -> tuple[str, Shown]:
         while (item := rng.choice(self._pool.items))[1].kind != "video":
@@ -421,11 +430,21 @@ def _questions_about(shown: list[Shown], rng: random.Random, num_questions: int)
         questions = _different(ask_of_picture(pictures[0], views[0], rng) for _ in range(10))
         return questions + ask_some(views[0], rng, 3, WEIGHTS)
     if len(views) == 2:
-        return _different(ask_of_two((views[0], views[1]), rng) for _ in range(num_questions))
+        return _different(ask_of_two((views[0], views[1]), rng) for _ in range(2 * num_questions))
     lists = [
         question for question in (transcribe(views[0]), list_looks(views[0])) if question and rng.random() < _LIST_SHARE
     ]
     return lists + ask_some(views[0], rng, num_questions, WEIGHTS)
+
+
+def _looks_and_motions(shown: Shown) -> set[str]:
+    things = shown.scene().things
+    shapes = [thing for thing in things if not thing.is_digit]
+    return (
+        {thing.shape for thing in things if thing.is_digit}
+        | {thing.motion for thing in shapes}
+        | {f"{thing.colour} {thing.shape}" for thing in shapes}
+    )
 
 
 def _different(questions: Iterator[Question | None]) -> list[Question]:
