@@ -2,7 +2,7 @@
 
 Clips of seeds that training never saw are encoded to files, a server is started, and questions are asked over HTTP.
 
-    python benchmarks/demo_model.py --model CHECKPOINT
+    python benchmarks/demo_model.py
     python benchmarks/demo_model.py --table
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from chat import cpu_model
 
+from filmstrip.demo import bundled
 from filmstrip.demo.evaluate import FIRST_SEED, evaluate, evaluate_ablations
 from filmstrip.demo.serving import running_server
 
@@ -63,7 +64,9 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="checkpoint to serve")
+    parser.add_argument(
+        "--model", type=Path, default=bundled.MODEL, help="checkpoint to serve (default: the bundled one)"
+    )
     parser.add_argument("--num-clips", type=int, default=500)
     parser.add_argument("--num-ablation-clips", type=int, default=200)
     parser.add_argument(
@@ -76,11 +79,9 @@ def main():
     if arguments.table:
         print(table(json.loads(RESULTS.read_text())))
         return
-    if arguments.model is None:
-        parser.error("--model says which checkpoint to ask")
     with tempfile.TemporaryDirectory(prefix="filmstrip-evaluate-") as name:
         folder = Path(name)
-        with running_server(arguments.model, folder) as server:
+        with running_server(str(arguments.model), folder) as server:
             whole = evaluate(
                 *(server.url, folder),
                 num_clips=arguments.num_clips,
@@ -91,7 +92,8 @@ def main():
                 server.url, folder, num_clips=arguments.num_ablation_clips, first_seed=arguments.first_seed
             )
     results = {
-        "command": f"python benchmarks/demo_model.py --model {Path(arguments.model).name}",
+        "command": "python benchmarks/demo_model.py"
+        + ("" if arguments.model == bundled.MODEL else f" --model {arguments.model.name}"),
         "machine": {"cpu": cpu_model(), "cores_used": len(os.sched_getaffinity(0)), "system": platform.system()},
         "versions": {"torch": torch.__version__},
         "num_clips": arguments.num_clips,
