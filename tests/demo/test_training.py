@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
+from filmstrip.demo import bundled
 from filmstrip.demo.clips import encode_picture, encode_scene
 from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_checkpoint, make_shard, sampling_of
 from filmstrip.demo.questions import WEIGHTS, Question, View, ask, ask_in_turn, ask_some, list_looks
@@ -28,8 +30,10 @@ from filmstrip.demo.train import (
     pack,
     pack_facts,
     predict,
+    prepare_base,
     thinned,
 )
+from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.types import FrameSampling
 
@@ -174,7 +178,7 @@ def test_pool_and_draws(pool: Pool, watcher: Watcher) -> None:
     for item in pool.items[:5]:
         assert pool.patches(item).shape[0] == int(np.prod(item[1].media(watcher.layout).plan.grid_thw))
     assert {sampling_of(seed) for seed in range(40)} > {FrameSampling()}
-    drawer = Drawer(watcher, pool, max_tokens=2048)
+    drawer = Drawer(watcher, pool, max_tokens=2048, pair_share=0.3)
     one, again = (list(drawer.batches(4)) for _ in range(2))
     assert [batch.tokens.tolist() for batch in one] == [batch.tokens.tolist() for batch in again]
     kinds = {kind for number in range(3) for batch in drawer.batches(number) for kind, _ in batch.kinds}
@@ -314,18 +318,28 @@ def test_a_long_answer_counts_less_for_each_of_its_words() -> None:
     assert answer_loss(logits, wanted, kinds).item() == pytest.approx(0.8 * np.log(5))
 
 
-def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool) -> None:
+SETTINGS = {
+    "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25, "average_decay": 0.99,
+    "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1, "few_group_steps": 1,
+    "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2, "history_weight": 0.3, "story_weight": 0.3, "seed": 0,
+    "start_from": None, "pair_share": 0.3, "optimizer": "adamw",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw",
+        pytest.param("muon", marks=pytest.mark.skipif(not cpu_has_bfloat16_units(), reason="takes minutes")),
+    ],
+)
+def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool: Pool, optimizer: str) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "base").symlink_to(base)
     for name in ("pool", "val"):
         (work / name).symlink_to(pool.folder)
-    settings = {
-        "work": str(work), "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25,
-        "average_decay": 0.99, "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1,
-        "few_group_steps": 1, "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2, "history_weight": 0.3,
-        "story_weight": 0.3, "seed": 0,
-    }  # fmt: skip
+    settings = SETTINGS | {"work": str(work), "optimizer": optimizer}
     towers, mergers, words = [], [], []
     for num_steps in (2, 4, 6):
         Trainer(argparse.Namespace(**settings | {"steps": num_steps}), 0).run()
@@ -353,3 +367,19 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, base: Path, pool:
     model = Qwen3VLForConditionalGeneration.from_pretrained(work / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(file.stat().st_size for file in (work / "model").glob("*.safetensors")) < 15 << 20
+
+
+def test_training_starts_from_trained_weights(tmp_path: Path, pool: Pool) -> None:
+    for name in ("pool", "val"):
+        (tmp_path / name).symlink_to(pool.folder)
+    prepare_base(tmp_path, str(bundled.MODEL))
+    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (bundled.MODEL / "tokenizer.json").read_bytes()
+    alone = {"fact_steps": 0, "watch_steps": 0, "start_from": str(bundled.MODEL), "steps": 1, "learning_rate": 0.0}
+    Trainer(argparse.Namespace(**SETTINGS | alone | {"work": str(tmp_path)}), 0).run()
+    model_class: Any = Qwen3VLForConditionalGeneration
+    before, after = (
+        model_class.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in (bundled.MODEL, tmp_path / "model")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=1e-2) for name in before)

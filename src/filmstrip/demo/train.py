@@ -24,6 +24,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import threading
 import time
 import types
@@ -67,6 +68,7 @@ from filmstrip.demo.teacher import (
     cells_of,
     distance,
 )
+from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 
 ATTENTION_NAME = "filmstrip_demo_training"
 
@@ -81,7 +83,6 @@ _FEW_GROUPS = 5
 _EMPTINESS = 4
 """The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
-_PAIR_SHARE = 0.3
 _GLIMPSED_SHARE = 0.5
 _QUERY_KEY_SCALE = 1.5
 _LOG_PERIODS = (-0.5, 2.0)
@@ -333,11 +334,11 @@ def _side_by_side(samples: Sequence[Seen]) -> Glimpses:
 class Drawer:
     """Draws prompts from a pool; the same numbers draw the same prompts as long as the pool is the same."""
 
-    def __init__(self, watcher: Watcher, pool: Pool, max_tokens: int) -> None:
-        """``max_tokens`` bounds a batch, padding included."""
+    def __init__(self, watcher: Watcher, pool: Pool, max_tokens: int, pair_share: float) -> None:
+        """``max_tokens`` bounds a batch, padding included; ``pair_share`` of the videos are shown beside another one."""
         if not pool.items:
             raise ValueError("the pool is empty: make some shards with python -m filmstrip.demo.data first")
-        self._watcher, self._pool, self._max_tokens = watcher, pool, max_tokens
+        self._watcher, self._pool, self._max_tokens, self._pair_share = watcher, pool, max_tokens, pair_share
         self._pad = watcher.tokenizer.special_tokens["<|endoftext|>"]
 
     def batches(self, number: int) -> Iterator[Batch]:
@@ -401,7 +402,7 @@ class Drawer:
             video = self._pool.items[place - 1] if item[1].of_seed is not None else self._video(rng)
             video = video if video[1].kind == "video" else self._video(rng)
             return [item, video] if rng.random() < 0.5 else [video, item]
-        if rng.random() < _PAIR_SHARE:
+        if rng.random() < self._pair_share:
             other = self._partner(item[1], rng)
             num_frames = len(item[1].frame_seconds) + len(other[1].frame_seconds)
             return [item, other] if num_frames <= 2 * _MAX_GROUPS_OF_TWO else [item]
@@ -527,6 +528,11 @@ def _attend(
 AttentionInterface.register(ATTENTION_NAME, _attend_masked)
 
 
+def _fast_products() -> torch.autocast:
+    """Matrix products in bfloat16 where the CPU has units for it; elsewhere they would be many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16_units())
+
+
 def watch(model: Qwen3VLForConditionalGeneration, batch: Glimpses) -> dict[str, torch.Tensor]:
     """Features of the merged tokens of videos and of pictures, (num_tokens, hidden_size)."""
     return {
@@ -611,8 +617,10 @@ class State:
     draw: int = 0
 
 
-def _optimizers(model: Qwen3VLForConditionalGeneration, *helpers: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers, AdamW for tables, patches, biases and norms."""
+def _optimizers(
+    model: Qwen3VLForConditionalGeneration, *helpers: nn.Module, use_muon: bool
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, if wanted, AdamW for tables, patches, biases and norms."""
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -623,10 +631,12 @@ def _optimizers(model: Qwen3VLForConditionalGeneration, *helpers: nn.Module) -> 
             matrices.append(parameter)
     tables.extend(parameter for helper in helpers for parameter in helper.parameters())
     groups = [{"params": tables, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True),
-    ]
+    muon: list[torch.optim.Optimizer] = []
+    if use_muon:
+        muon = [torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")]
+    else:
+        groups.append({"params": matrices, "weight_decay": 0.05})
+    return [*muon, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)]
 
 
 def _average_gradients(parameters: list[torch.nn.Parameter], num_workers: int) -> None:
@@ -649,7 +659,7 @@ class Trainer:
         self._watcher = Watcher(self._work / "base")
         self._tokenizer: PreTrainedTokenizerFast = self._watcher.tokenizer.hf
         self._pool = Pool(self._work / "pool")
-        self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens)
+        self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens, arguments.pair_share)
         self._meet_step = arguments.fact_steps + arguments.watch_steps
         self._watched: list[torch.Tensor] = []
         self._recalled: list[torch.Tensor] = []
@@ -692,8 +702,12 @@ class Trainer:
                 saved = time.monotonic()
 
     def _start(self) -> State:
-        model = make_model(self._tokenizer, self._arguments.seed)
-        _prepare(model, self._tokenizer)
+        if self._arguments.start_from:
+            model_class: Any = Qwen3VLForConditionalGeneration
+            model = model_class.from_pretrained(self._work / "base", dtype=torch.float32)
+        else:
+            model = make_model(self._tokenizer, self._arguments.seed)
+            _prepare(model, self._tokenizer)
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
@@ -706,7 +720,9 @@ class Trainer:
         for place in (*_HISTORY_LAYERS, _STORY_LAYER):
             layer = model.model.language_model.layers[place]
             layer.register_forward_hook(lambda _, __, states: self._recalled.append(states))
-        optimizers = _optimizers(model, teacher, embedding, history, story, clock)
+        optimizers = _optimizers(
+            *(model, teacher, embedding, history, story, clock), use_muon=self._arguments.optimizer == "muon"
+        )
         state = State(model, average, teacher, embedding, history, story, clock, optimizers)
         path = self._work / "state.pt"
         if path.exists():
@@ -769,7 +785,7 @@ class Trainer:
         self._watched.clear()
         self._recalled.clear()
         loss = torch.zeros(())
-        with torch.autocast("cpu", torch.bfloat16):
+        with _fast_products():
             if isinstance(batch, Batch):
                 logits, wanted = predict(state.model, batch, state.embedding)
                 loss = answer_loss(logits, wanted, batch.kinds)
@@ -824,11 +840,12 @@ class Trainer:
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Shares of right answers of the averaged model, each token given those before it, on clips never trained on."""
-        held_out = Drawer(self._watcher, Pool(self._work / "val"), self._arguments.max_tokens)
+        arguments = self._arguments
+        held_out = Drawer(self._watcher, Pool(self._work / "val"), arguments.max_tokens, arguments.pair_share)
         scores = Scores()
-        for draw in range(self._arguments.measure_draws):
+        for draw in range(arguments.measure_draws):
             for batch in self._prompts(held_out, -1 - draw, self._state.step):
-                with torch.autocast("cpu", torch.bfloat16):
+                with _fast_products():
                     logits, wanted = predict(self._state.average, batch, self._state.embedding)
                 scores.add(logits, wanted, batch.kinds)
         return scores.shares()
@@ -883,13 +900,32 @@ class Trainer:
             file.write(json.dumps({"step": self._state.step, **values}) + "\n")
 
 
+def prepare_base(work: Path, start_from: str | None) -> None:
+    """Put into ``work`` what training starts from: an untrained checkpoint, or a copy of a trained one."""
+    if start_from is None:
+        blank_checkpoint(work / "base")
+    elif not (work / "base").exists():
+        shutil.copytree(start_from, work / "base")
+
+
 def main() -> None:
     """Train, or go on training."""
     parser = argparse.ArgumentParser(prog="python -m filmstrip.demo.train", description=__doc__)
     parser.add_argument("work", help="folder with the pool, the state and the log")
+    parser.add_argument(
+        "--start-from",
+        metavar="CHECKPOINT",
+        help="trained weights to go on from, with their tokenizer; without lessons apart (--fact-steps 0 --watch-steps 0)",
+    )
     parser.add_argument("--steps", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon" if cpu_has_bfloat16_units() else "adamw",
+        help="of the matrices between layers; Muon computes in bfloat16 (default: %(default)s, as this CPU is)",
+    )
     parser.add_argument("--warm-up-steps", type=int, default=100)
     parser.add_argument("--few-group-steps", type=int, default=1500, help="at first, few groups of frames at a time")
     parser.add_argument("--fact-steps", type=int, default=4000, help="at first, for the text model alone")
@@ -897,6 +933,7 @@ def main() -> None:
     parser.add_argument("--teacher-weight", type=float, default=0.2, help="of the teacher's loss, later")
     parser.add_argument("--history-weight", type=float, default=0.3, help="of the loss on what earlier groups tell")
     parser.add_argument("--story-weight", type=float, default=0.3, help="of the loss on all that is told of a thing")
+    parser.add_argument("--pair-share", type=float, default=0.3, help="of videos shown beside another one")
     parser.add_argument("--decay-share", type=float, default=0.25, help="of the steps, at the end")
     parser.add_argument("--average-decay", type=float, default=0.998)
     parser.add_argument("--log-steps", type=int, default=50)
@@ -907,7 +944,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     work = Path(arguments.work)
-    blank_checkpoint(work / "base")
+    prepare_base(work, arguments.start_from)
     (work / "pgid").write_text(f"{os.getpgid(0)}\n")
     # Tensors of many megabytes come and go in each step; kept memory spares the kernel to clear their pages each time.
     os.environ.update(_MALLOC_SETTINGS)
