@@ -4,12 +4,14 @@ import pytest
 
 from filmstrip import load_video
 from filmstrip.demo import bundled
-from filmstrip.demo.evaluate import FIRST_SEED, evaluate
+from filmstrip.demo.evaluate import FIRST_SEED, evaluate, evaluate_ablations
 from filmstrip.demo.scenes import Painter
 from filmstrip.demo.serving import running_server
 
-NUM_CLIPS = 16
-FLOOR = 0.95
+NUM_CLIPS = 40
+NUM_ABLATED_CLIPS = 16
+FLOOR = 0.93
+CHANCE = 0.35
 MEBIBYTE = 1 << 20
 
 
@@ -62,3 +64,14 @@ def test_it_answers_questions_about_clips_it_never_saw(server, folder):
     table = evaluate(server.url, folder, num_clips=NUM_CLIPS, first_seed=FIRST_SEED + 100_000)
     assert sum(table.asked.values()) > 5 * NUM_CLIPS
     assert table.share() >= FLOOR, table.wrong
+
+
+def test_without_order_or_times_it_cannot_tell(server, folder):
+    tables = evaluate_ablations(server.url, folder, num_clips=NUM_ABLATED_CLIPS, first_seed=FIRST_SEED + 200_000)
+    whole = tables["none"]
+    assert min(whole.asked["direction"], whole.asked["when"]) > 8
+    assert whole.share("direction", "when") >= FLOOR, whole.wrong
+    for taken in ("other clip", "frames shuffled", "frames reversed", "frames repeated"):
+        assert tables[taken].share("direction", "when") <= CHANCE, taken
+    assert tables["times squeezed"].share("when") <= CHANCE
+    assert tables["times squeezed"].share("direction") >= FLOOR
