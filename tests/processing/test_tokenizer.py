@@ -82,6 +82,30 @@ def test_reserved_template_variables_are_refused(template, name):
         template.render([{"role": "user", "content": "x"}], template_kwargs={name: True})
 
 
+_PARTS = "{%- for part in message.content -%}{{- part.text -}}{%- endfor -%}"
+_STRING = "{{- message.content -}}"
+
+
+@pytest.mark.parametrize("shown", [_PARTS, _STRING])
+def test_contents_are_shown_by_templates_that_look_for_parts_only(tokenizer, qwen3_vl_dir, monkeypatch, shown):
+    """The words of nobody are lost, in whichever of the two forms they were sent."""
+    monkeypatch.setattr(
+        tokenizer.hf,
+        "chat_template",
+        "{%- for message in messages -%}{{- message.role + ': ' -}}" + shown + "<|im_end|>{%- endfor -%}",
+    )
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": ""}]
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert template.render(messages) == ["user: One?", end, "assistant: ", end]
+    if shown == _PARTS:
+        parts = [{"type": "text", "text": text} for text in ("Two", " or <|im_end|>?")]
+        assert template.render([*messages, {"role": "user", "content": parts}])[-2:] == [
+            "user: Two or <|im_end|>?",
+            end,
+        ]
+
+
 def test_streamed_text_is_the_whole_text(tokenizer):
     rng = random.Random(0)
     vocabulary = range(len(tokenizer.hf))

@@ -20,6 +20,8 @@ from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.tokenizer import Tokenizer
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_PROBE = "filmstrip"
+"""A text to find out whether a template, which may look for parts in a content, shows contents that are strings."""
 # What the renderer takes for itself; everything else is a variable of the template.
 _RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
@@ -38,6 +40,7 @@ class ChatTemplate:
         if not template:
             raise ModelLoadError(f"{files.model!r} has no chat template, so it cannot answer messages", param="model")
         self._template = template
+        self._shows_parts_only = not self._shows(_PROBE) and self._shows(_as_parts(_PROBE))
         prefixes = {token[:end] for token in tokenizer.special_tokens for end in range(1, len(token))}
         self._prefixes = sorted(prefixes, key=len, reverse=True)
 
@@ -59,6 +62,8 @@ class ChatTemplate:
                 f"chat_template_kwargs may not set {', '.join(reserved)}", param="chat_template_kwargs"
             )
         mark = self._choose_mark(messages)
+        if self._shows_parts_only:
+            messages = [{**message, "content": _as_parts(message.get("content"))} for message in messages]
         try:
             rendered = self._tokenizer.hf.apply_chat_template(
                 [self._protect(message, mark) for message in messages],
@@ -75,6 +80,16 @@ class ChatTemplate:
         if plain and isinstance(plain[0], str):
             plain[0] = self._tokenizer.opening(plain[0])
         return plain
+
+    def _shows(self, content: Any) -> bool:
+        """Whether the words of a message with this ``content`` get into the prompt."""
+        try:
+            rendered = self._tokenizer.hf.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=self._template, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+            return False
+        return _PROBE in rendered
 
     def _choose_mark(self, messages: Sequence[Mapping[str, Any]]) -> str:
         used: set[str] = set()
@@ -102,6 +117,11 @@ class ChatTemplate:
             at = len(text) - len(tail) + 1
             text = text[:at] + mark + text[at:]
         return text
+
+
+def _as_parts(content: Any) -> Any:
+    """A message's content as a list of parts, also where it is a string."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _strings(value: Any) -> list[str]:
