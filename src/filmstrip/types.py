@@ -174,7 +174,8 @@ class View:
     """A canvas of ``height`` x ``width`` pixels that a frame is laid on before it is cut into patches.
 
     The frame is resized to ``resized_height`` x ``resized_width`` and its upper left corner laid at (``top``, ``left``),
-    which may be negative: what sticks out is cut off. The rest of the canvas is black.
+    which may be negative: what sticks out is cut off. The rest of the canvas has the colour ``fill``, 0 to 255 in all
+    channels or in each. With ``of_previous`` the canvas of the view before this one stands in for the frame.
     """
 
     height: int
@@ -183,6 +184,8 @@ class View:
     resized_width: int
     top: int = 0
     left: int = 0
+    fill: int | tuple[int, int, int] = 0
+    of_previous: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ class FramePlan:
     Frame indices are ascending and may repeat (a one-frame clip shown twice). The number of frames is padded to a multiple
     of ``layout.temporal_patch_size`` by repeating the last. Models that see a picture as tiles of one size have patches as
     large as those, and ``views``: what each frame becomes before it is cut, one after the other; ``height`` and ``width``
-    are then those of the largest. Without views a frame is resized to ``height`` x ``width``.
+    are then those of the largest. Views of several sizes have patches that divide all of them. Without views a frame is
+    resized to ``height`` x ``width``.
     """
 
     frame_indices: tuple[int, ...]
@@ -258,6 +262,8 @@ class Normalization:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    later_views: Normalization | None = None
+    """For views of a frame behind the first, where the model wants those otherwise."""
 
 
 @dataclass(frozen=True)

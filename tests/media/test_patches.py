@@ -98,6 +98,23 @@ def test_a_view_is_a_frame_laid_on_a_canvas(top, left):
     np.testing.assert_array_equal(draw_view(frame, view, "bilinear"), expected)
 
 
+def test_a_view_may_be_made_from_the_one_before():
+    """A frame on a coloured square, and that square made small: as if the square were the frame."""
+    large = View(32, 32, 20, 32, 6, 0, (120, 7, 255))
+    small = View(8, 8, 8, 8, of_previous=True)
+    frame = np.random.default_rng(5).integers(0, 256, (50, 80, 3), np.uint8)
+    canvas = draw_view(frame, large, "bicubic")
+    assert (canvas[:6] == large.fill).all()
+    assert (canvas[26:] == large.fill).all()
+    np.testing.assert_array_equal(canvas[6:26], resize_frame(frame, 20, 32).numpy())
+    plan = FramePlan((0,), 32, 32, PatchLayout(8, 1, 1), (large, small, View(8, 8, 8, 8)), num_embeddings=4)
+    patches = write_patches(lambda _: frame, plan, 1).array.reshape(-1, 3, 8, 8).transpose(0, 2, 3, 1)
+    assert len(patches) == 4 * 4 + 1 + 1
+    np.testing.assert_array_equal(patches[5], canvas[8:16, 8:16])
+    np.testing.assert_array_equal(patches[16], resize_frame(canvas, 8, 8).numpy())
+    np.testing.assert_array_equal(patches[17], resize_frame(frame, 8, 8).numpy())
+
+
 def test_views_of_a_frame_follow_each_other():
     views = (View(16, 24, 16, 24), View(8, 8, 8, 8), View(16, 8, 10, 8, 3))
     plan = FramePlan((0, 1, 2), 16, 24, PatchLayout(8, 1, 1), views, "bilinear", 27)

@@ -33,11 +33,11 @@ def resize_frame(rgb: np.ndarray, height: int, width: int, resample: Resample = 
 
 
 def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
-    """What ``view`` shows of a uint8 (H, W, 3) frame: uint8 (view.height, view.width, 3)."""
+    """What ``view`` shows of a uint8 (H, W, 3) frame (or of a view before it): uint8 (view.height, view.width, 3)."""
     resized = resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy()
     if resized.shape[:2] == (view.height, view.width) and (view.top, view.left) == (0, 0):
         return resized
-    canvas = np.zeros((view.height, view.width, 3), np.uint8)
+    canvas = np.full((view.height, view.width, 3), view.fill, np.uint8)
     rows, columns = (
         slice(min(max(start, 0), size), min(max(start + length, 0), size))
         for start, size, length in (
@@ -80,9 +80,11 @@ class PatchWriter:
         size, merge = layout.patch_size, layout.merge_size
         group, slot = divmod(position, layout.temporal_patch_size)
         is_last = position == len(plan.frame_indices) - 1
+        canvas = rgb
         for view, target in self._targets:
             shape = (view.height // size // merge, merge, size, view.width // size // merge, merge, size, 3)
-            patches = draw_view(rgb, view, plan.resample).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)
+            canvas = draw_view(canvas if view.of_previous else rgb, view, plan.resample)
+            patches = canvas.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)
             for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
                 # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from
                 # that for the whole process only.
