@@ -132,6 +132,8 @@ FAMILIES = (
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
+    _with_tiles("DeepSeek-VL", "DeepseekVLForConditionalGeneration", "deepseek_vl", video=False),
+    _with_tiles("DeepSeek-VL hybrid", "DeepseekVLHybridForConditionalGeneration", "deepseek_vl_hybrid", video=False),
     _with_tiles("Gemma 3", "Gemma3ForConditionalGeneration", "gemma3", video=False),
     _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),

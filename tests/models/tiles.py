@@ -156,6 +156,63 @@ def make_llava(path: Path, *, seed: int = 0) -> str:
     return save(path, tokenizer, "LlavaForConditionalGeneration", fields, files, seed)
 
 
+_DEEPSEEK_TEMPLATE = """\
+{%- for message in messages -%}
+{{- message.role | capitalize + ': ' -}}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<image_placeholder>{%- elif part.type == 'text' -%}{{- part.text -}}{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>' if message.role == 'assistant' else '\\n\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}Assistant:{%- endif -%}
+"""
+"""Looks for parts in every message, as DeepSeek-VL's does: a content that is a string is not shown."""
+
+
+def make_deepseek_vl(path: Path, *, hybrid: bool = False, seed: int = 0) -> str:
+    """A random DeepSeek-VL checkpoint: 16 tokens for an image, seen at 56 pixels and, if ``hybrid``, at 80 as well."""
+    tokenizer = llama_tokenizer({"image_token": "<image_placeholder>"}, image="")
+    tokenizer.chat_template = _DEEPSEEK_TEMPLATE
+    fields = {
+        "vision_config": _SIGLIP,
+        "text_config": {"model_type": "llama"},
+        "image_token_id": tokenizer.get_vocab()["<image_placeholder>"],
+        "tie_word_embeddings": False,
+    }
+    image = {"image_processor_type": "DeepseekVLImageProcessor", "size": {"height": 56, "width": 56}}
+    name = "DeepseekVL"
+    if hybrid:
+        name = "DeepseekVLHybrid"
+        # Windows that do not divide the grid, and not every layer with windows.
+        fields["high_res_vision_config"] = {
+            "model_type": "sam_vision_model",
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "output_channels": 24,
+            "image_size": 80,
+            "patch_size": 8,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+        }
+        image |= {
+            "image_processor_type": "DeepseekVLHybridImageProcessor",
+            "high_res_size": {"height": 80, "width": 80},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    files = {
+        "preprocessor_config.json": image,
+        "processor_config.json": {"processor_class": f"{name}Processor", "num_image_tokens": 16},
+    }
+    return save(path, tokenizer, f"{name}ForConditionalGeneration", fields, files, seed)
+
+
+def make_deepseek_vl_hybrid(path: Path, *, seed: int = 0) -> str:
+    """A random checkpoint of DeepSeek-VL's hybrid: SigLIP, and SAM at a higher resolution."""
+    return make_deepseek_vl(path, hybrid=True, seed=seed)
+
+
 def make_llava_siglip(path: Path, *, seed: int = 0) -> str:
     """A random LLaVA checkpoint with SigLIP, whose pictures are squeezed into a square, and a Qwen2 text model."""
     tokenizer = tokenizer_with({"image_token": "<image>"}, image="<image>\\n")

@@ -12,7 +12,7 @@ from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tokenizer import Tokenizer
-from filmstrip.types import FrameSampling, ImageMetadata, Modality, PixelLimits, VideoMetadata, View
+from filmstrip.types import FrameSampling, ImageMetadata, Modality, PatchLayout, PixelLimits, VideoMetadata, View
 from tests.models import tiles
 
 
@@ -196,3 +196,49 @@ def test_a_prompt_begins_as_the_tokenizer_says_once(llava):
     first = tokenizer.special_tokens["<s>"]
     assert tokenizer.first_ids == [first]
     assert processor.expand(["Hi"], []) == processor.expand([first, "Hi"], []) == [first, "Hi"]
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    return tiles.make_deepseek_vl_hybrid(tmp_path_factory.mktemp("deepseek_vl_hybrid"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "resized", "place"),
+    [
+        ((80, 80), (80, 80), (0, 0)),
+        ((60, 160), (30, 80), (25, 0)),
+        ((160, 61), (80, 30), (0, 25)),  # 30.5, to the even number
+        ((160, 63), (80, 32), (0, 24)),  # 31.5
+        ((3, 4000), (14, 80), (33, 0)),  # never less than min_size
+    ],
+)
+def test_deepseek_vl_pads_to_a_square_and_makes_that_small(hybrid, shape, resized, place):
+    plan = make_processor(hybrid).plan_image(ImageMetadata(*shape), PixelLimits())
+    large, small = plan.views
+    assert large == View(80, 80, *resized, *place, fill=(122, 116, 104))
+    assert small == View(56, 56, 56, 56, of_previous=True)
+    assert plan.layout == PatchLayout(8, 1, 1)
+    assert (plan.height, plan.width, plan.num_tokens) == (80, 80, 16)
+    assert plan.grid_thw == (1, 10 * 10 + 7 * 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 70, "width": 70}},
+            "70 pixels to a vision tower that takes 56",
+        ),
+        ("preprocessor_config.json", {"high_res_size": 72}, r"takes 80 \(image_size of high_res_vision_config"),
+        ("preprocessor_config.json", {"high_res_size": {"height": 80}}, "size in the high_res_ part of preprocessor"),
+        ("preprocessor_config.json", {"high_res_resample": 2}, "high_res_resample to 2 and resample to 3"),
+        ("preprocessor_config.json", {"do_pad": False}, "do_pad to False"),
+        ("preprocessor_config.json", {"min_size": 57}, "min_size to 57, which is more than its size, 56"),
+        ("processor_config.json", {"num_image_tokens": None}, "num_image_tokens to 576, but the vision tower makes 16"),
+    ],
+)
+def test_deepseek_vl_whose_files_do_not_fit_each_other_is_not_loaded(hybrid, tmp_path, file, values, named):
+    with pytest.raises(ModelLoadError, match=named):
+        make_processor(with_changed(hybrid, tmp_path, file, **values))

@@ -10,6 +10,8 @@ from typing import Any
 from filmstrip.errors import ModelLoadError
 
 _MODEL_CLASSES = {
+    "DeepseekVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
+    "DeepseekVLHybridForConditionalGeneration": "filmstrip.models.vision_text:DeepseekVLHybridModel",
     "Gemma3ForCausalLM": "filmstrip.models.text:TextModel",
     "Gemma3ForConditionalGeneration": "filmstrip.models.vision_text:Gemma3Model",
     "Glm46VForConditionalGeneration": "filmstrip.models.qwen_vl:GlmVModel",

@@ -23,7 +23,7 @@ from filmstrip.models.media_rows import embed_rows, media_rows
 from filmstrip.models.paged_attention import PagedAttention, Span
 from filmstrip.models.qwen_vl import normalize_patches
 from filmstrip.models.text import paged_text
-from filmstrip.types import Modality
+from filmstrip.types import Modality, Normalization
 
 MAX_TILES_PER_FORWARD = 16
 """Tiles that go through the vision tower at once, which bounds its activations (tiles do not see each other)."""
@@ -64,9 +64,7 @@ class VisionTextModel:
         """
         encoded = []
         for item in items:
-            size = math.isqrt(item.patches.shape[1] // 3)
-            pixels = normalize_patches(item.patches.to(self.info.device), item.normalization).view(-1, 3, size, size)
-            rows = self._item_rows(pixels.to(self.info.dtype), item).to(self.info.dtype)
+            rows = self._encode_item(item).to(self.info.dtype)
             segments = rows.unflatten(0, (item.num_segments, -1)).unsqueeze(2)
             encoded.append([segment.clone() for segment in segments])
         return encoded
@@ -87,6 +85,12 @@ class VisionTextModel:
     def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:  # noqa: ARG002 - for other families
         """Media whose tokens see each other both ways; none here."""
         return []
+
+    def _encode_item(self, item: EncoderInput) -> torch.Tensor:
+        """Rows of the whole item, (num_tokens, hidden_size)."""
+        size = math.isqrt(item.patches.shape[1] // 3)
+        pixels = normalize_patches(item.patches.to(self.info.device), item.normalization).view(-1, 3, size, size)
+        return self._item_rows(pixels.to(self.info.dtype), item)
 
     def _item_rows(self, pixels: torch.Tensor, item: EncoderInput) -> torch.Tensor:  # noqa: ARG002 - for other families
         """Rows of the whole item, (num_tokens, hidden_size), from its normalised tiles (num_tiles, 3, size, size)."""
@@ -139,3 +143,28 @@ class Gemma3Model(VisionTextModel):
                 raise ValueError(f"nothing says where the segment in row {placement.start} ends")
             spans.append(Span(placement.start, len(placement.embeddings), placement.segment_end))
         return spans
+
+
+class DeepseekVLHybridModel(VisionTextModel):
+    """A DeepSeek-VL checkpoint with two vision towers, each of which sees the whole picture at a resolution of its own."""
+
+    def _encode_item(self, item: EncoderInput) -> torch.Tensor:
+        """Patch rows hold the picture twice: for the tower of high resolution, then for the other."""
+        if item.normalization is None or item.normalization.later_views is None:
+            raise ValueError("nothing says how the picture of low resolution is normalised")
+        patch_size = math.isqrt(item.patches.shape[1] // 3)
+        num_high = (self.module.config.high_res_vision_config.image_size // patch_size) ** 2
+        high, low = item.patches[:num_high], item.patches[num_high:]
+        features = self.module.model.get_image_features(
+            pixel_values=self._picture(low, item.normalization.later_views),
+            high_res_pixel_values=self._picture(high, item.normalization),
+            return_dict=True,
+        )
+        return features.pooler_output[0]
+
+    def _picture(self, patches: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+        """A square picture, normalised (1, 3, size, size), from its uint8 patch rows (num_patches, 3 * ps * ps)."""
+        side, patch_size = math.isqrt(len(patches)), math.isqrt(patches.shape[1] // 3)
+        pixels = normalize_patches(patches.to(self.info.device), normalization)
+        rows = pixels.view(side, side, 3, patch_size, patch_size).permute(2, 0, 3, 1, 4)
+        return rows.reshape(1, 3, side * patch_size, side * patch_size).to(self.info.dtype)

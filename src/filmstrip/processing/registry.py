@@ -15,6 +15,8 @@ from filmstrip.types import Modality
 
 _TEXT = ("filmstrip.processing.text", "TextProcessor")
 _PROCESSORS = {
+    "DeepseekVLForConditionalGeneration": ("filmstrip.processing.deepseek_vl", "DeepseekVLProcessor"),
+    "DeepseekVLHybridForConditionalGeneration": ("filmstrip.processing.deepseek_vl", "DeepseekVLHybridProcessor"),
     "Glm46VForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
     "Glm4vForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
     "Glm4vMoeForConditionalGeneration": ("filmstrip.processing.glm_v", "GlmVProcessor"),
