@@ -101,6 +101,10 @@ def test_a_truncated_file_is_an_error(copy):
             lambda path: edit_config(path, architectures=["GPT2LMHeadModel"]),
             "GPT2LMHeadModel, which is not supported",
         ),
+        (
+            lambda path: edit_config(path, architectures=["MultiModalityCausalLM"]),
+            "MultiModalityCausalLM, the format of a first release, .* as in deepseek-community/deepseek-vl-1.3b-chat",
+        ),
         (lambda path: edit_config(path, dtype="int8"), "dtype 'int8'"),
         (lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     ],

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from filmstrip.config import MediaConfig, ProcessorConfig
+from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig
 from filmstrip.errors import InvalidRequestError, ModelLoadError
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
+from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tokenizer import Tokenizer
 from filmstrip.types import FrameSampling, ImageMetadata, Modality, PatchLayout, PixelLimits, VideoMetadata, View
@@ -242,3 +243,11 @@ def test_deepseek_vl_pads_to_a_square_and_makes_that_small(hybrid, shape, resize
 def test_deepseek_vl_whose_files_do_not_fit_each_other_is_not_loaded(hybrid, tmp_path, file, values, named):
     with pytest.raises(ModelLoadError, match=named):
         make_processor(with_changed(hybrid, tmp_path, file, **values))
+
+
+def test_deepseek_vl_in_the_format_of_its_first_release_is_not_loaded(hybrid, tmp_path):
+    """Said before anything else that such files lack, such as a chat template."""
+    path = with_changed(hybrid, tmp_path, "config.json", architectures=["MultiModalityCausalLM"])
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ModelLoadError, match="MultiModalityCausalLM, the format of a first release"):
+        PromptBuilder(LLMConfig(EngineConfig(path)))

@@ -40,6 +40,11 @@ _MODEL_CLASSES = {
 }
 """Checkpoint architecture (``architectures`` of its config.json) -> module and class that serve it."""
 
+_FIRST_RELEASES = {
+    "MultiModalityCausalLM": "deepseek-community/deepseek-vl-1.3b-chat and deepseek-community/deepseek-vl-7b-chat",
+}
+"""Architecture of a model's first release -> checkpoints of it in Transformers' format, which is served."""
+
 
 def supported_architectures() -> list[str]:
     """Every architecture that can be served, sorted."""
@@ -54,6 +59,7 @@ def find_architecture(architectures: Sequence[str], model: str) -> str:
     for architecture in architectures:
         if architecture in _MODEL_CLASSES:
             return architecture
+    check_release(architectures, model)
     supported = supported_architectures()
     if not architectures:
         raise ModelLoadError(
@@ -68,6 +74,17 @@ def find_architecture(architectures: Sequence[str], model: str) -> str:
         f"Supported architectures: {', '.join(supported)}",
         param="model",
     )
+
+
+def check_release(architectures: Sequence[str], model: str) -> None:
+    """Raise :class:`ModelLoadError` if ``model`` is in the format of a first release that is served in another format."""
+    for architecture in architectures:
+        if architecture in _FIRST_RELEASES:
+            raise ModelLoadError(
+                f"{model!r} has the architecture {architecture}, the format of a first release, which is not supported; "
+                f"Transformers' format is, as in {_FIRST_RELEASES[architecture]}",
+                param="model",
+            )
 
 
 def model_class(architecture: str) -> Any:

@@ -46,8 +46,9 @@ class PromptBuilder:
         files = CheckpointFiles(config.engine.model, config.engine.revision)
         self.tokenizer = Tokenizer(config.engine.model, config.engine.revision)
         self.generation_config = files.json("generation_config.json")
-        self._template = ChatTemplate(self.tokenizer, files)
+        # Before the template: files of what cannot be served may have none, which is then not the reason.
         self._processor = create_processor(self.tokenizer, files, config.processor, config.media)
+        self._template = ChatTemplate(self.tokenizer, files)
         self._loader = MediaLoader(config.media)
         self.pipeline = MediaPipeline(
             self._loader,

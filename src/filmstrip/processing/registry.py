@@ -8,6 +8,7 @@ from typing import Any
 
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import ModelLoadError
+from filmstrip.models.registry import check_release
 from filmstrip.processing.base import Processor
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ def create_processor(
     tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
 ) -> Processor:
     """The processor for a checkpoint's architecture; raises ModelLoadError for one that is not supported."""
+    check_release(files.json("config.json").get("architectures") or [], files.model)
     architectures = files.json("config.json").get("architectures") or []
     name = next((name for name in architectures if name in _PROCESSORS), None)
     if name is None:
