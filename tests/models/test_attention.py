@@ -39,6 +39,7 @@ def reference_attention(
     scaling: float,
     window: int | None = None,
     spans: Sequence[tuple[int, int]] = (),
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Attention in float64: (n, Hq, D), (L, Hkv, D), (L, Hkv, D) -> (n, Hq, D). ``spans`` are (start, end) of tokens."""
     query, keys, values = (tensor.double() for tensor in (query, keys, values))
@@ -50,6 +51,8 @@ def reference_attention(
         visible |= (start <= rows) & (rows < end) & (start <= columns) & (columns < end)
     if window is not None:
         visible &= rows - columns < window
+    if chunk_size is not None:
+        visible &= rows // chunk_size == columns // chunk_size
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     return torch.einsum("hnl,lhd->nhd", weights, values.repeat_interleave(group, 1))
 
@@ -62,6 +65,7 @@ def run_case(
     layer: int = 1,
     window: int | None = None,
     spans: Sequence[tuple[int, int, int]] = (),
+    chunk_size: int | None = None,
 ) -> float:
     """Largest error of ``attention`` on requests of (rows, tokens): earlier tokens are stored first, then the rows attend.
 
@@ -110,12 +114,14 @@ def run_case(
     views = [
         tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (torch.cat(queries), new_keys, new_values)
     ]
-    output = step.attend(layer, *views, scaling, window)
+    output = step.attend(layer, *views, scaling, window, chunk_size)
     assert output.dtype == dtype
     assert output.is_contiguous()
     expected = torch.cat(
         [
-            reference_attention(*qkv, scaling, window, [tuple(span) for request, *span in spans if request == i])
+            reference_attention(
+                *qkv, scaling, window, [tuple(span) for request, *span in spans if request == i], chunk_size
+            )
             for i, qkv in enumerate(zip(queries, keys, values, strict=True))
         ]
     )
@@ -180,6 +186,41 @@ def test_cpu_windows(dtype, window, block_size):
     assert run_case(cpu_attention_of(dtype, block_size=block_size), lengths, window=window) < TOLERANCE[dtype]
 
 
+CHUNK_LENGTHS = [(1, 1), (1, 700), (5, 33), (40, 40), (3, 128), (90, 200), (1, 101), (1, 65), (300, 300)]
+"""Rows inside a chunk, over the ends of some, on a chunk's first token."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [1, 5, 32, 33, 64, 100, 1000])
+@pytest.mark.parametrize("block_size", [1, 16, 20, 32])
+def test_cpu_chunks(dtype, chunk_size, block_size):
+    attention = cpu_attention_of(dtype, block_size=block_size)
+    assert run_case(attention, CHUNK_LENGTHS, chunk_size=chunk_size) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_cpu_chunks_that_are_split_among_threads(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        lengths = [(1, 3000), (60, 2010), (1, 7)]
+        assert run_case(cpu_attention_of(heads=(2, 1)), lengths, chunk_size=1000) < TOLERANCE[torch.float32]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_chunks_of_long_bf16_chunks(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "cpu_has_bfloat16_units", lambda: True)
+    attention = cpu_attention_of(torch.bfloat16, heads=(6, 2), head_dim=64)
+    lengths = [(600, 700), (1, 50), (130, 130)]
+    assert run_case(attention, lengths, chunk_size=130) < TOLERANCE[torch.bfloat16]
+
+
+def test_chunks_and_spans_together_are_refused():
+    with pytest.raises(ValueError, match="do not go together"):
+        run_case(cpu_attention_of(), SPAN_LENGTHS, spans=SPANS, chunk_size=64)
+
+
 SPANS = [(0, 3, 30), (1, 70, 100), (1, 100, 131), (2, 0, 90), (3, 150, 200)]
 """One inside a chunk, two that meet, a whole prompt, one that the chunk begins in the middle of."""
 SPAN_LENGTHS = [(40, 40), (80, 140), (90, 90), (30, 210), (1, 60)]
@@ -208,9 +249,9 @@ def test_cpu_layers_of_different_windows_share_a_step():
     step = attention.begin(pack([(text_request(range(300), list(range(10))), 0, 300)], 32))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 32, generator=generator) for heads in (2, 1, 1))
-    for layer, window in ((0, 7), (1, None), (0, 50), (1, 7)):
-        output = step.attend(layer, query, key, value, 0.2, window)
-        expected = reference_attention(query, key, value, 0.2, window)
+    for layer, window, chunk_size in ((0, 7, None), (1, None, None), (0, 50, None), (1, None, 50), (1, 7, None)):
+        output = step.attend(layer, query, key, value, 0.2, window, chunk_size)
+        expected = reference_attention(query, key, value, 0.2, window, chunk_size=chunk_size)
         assert (output.double() - expected).abs().max() < TOLERANCE[torch.float32]
 
 
@@ -412,6 +453,26 @@ def test_cuda_backend_tells_the_kernel_about_the_batch(monkeypatch):
         assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[torch.bfloat16]
 
 
+def test_cuda_backend_cuts_requests_at_chunks(monkeypatch, caplog):
+    """The kernel knows no chunks: it is told of a request for each, where chunks begin with a page."""
+    told = []
+
+    def noting(query, *pages, **arguments):
+        told.append((arguments["cu_seq_q"].tolist(), arguments["seqused_k"].tolist()))
+        return fake_varlen_attention(query, *pages, **arguments)
+
+    monkeypatch.setattr(cuda_attention, "find_varlen_attention", lambda: noting)
+    attention = CudaPagedAttention(AttentionShape(2, 6, 2, 64), torch.bfloat16, CPU)
+    lengths = [(1, 1100), (40, 520), (300, 300), (1, 513)]
+    assert run_case(attention, lengths, chunk_size=512) < TOLERANCE[torch.bfloat16]
+    assert told[-1] == ([0, 1, 33, 41, 341, 342], [76, 512, 8, 300, 1])
+    num_calls = len(told)
+    for _ in range(2):
+        assert run_case(attention, lengths, chunk_size=300) < TOLERANCE[torch.bfloat16]
+    assert len(told) == num_calls + 2  # to store what came before
+    assert caplog.text.count("chunk size 300 is not a multiple of block_size 256") == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_backend_gathers_where_it_must(dtype, caplog):
     attention = CudaPagedAttention(AttentionShape(2, 6, 2, 64), dtype, CPU)
@@ -421,6 +482,7 @@ def test_cuda_backend_gathers_where_it_must(dtype, caplog):
     for window in (None, 1, 33, 300):
         assert run_case(attention, [(1, 300), (40, 40), (5, 257), (1, 1)], window=window) < TOLERANCE[dtype]
         assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[dtype]
+    assert run_case(attention, CHUNK_LENGTHS, chunk_size=33) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
@@ -474,8 +536,11 @@ def test_installed_varlen_attention_takes_our_arguments():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("window", "spans"), [(None, []), (100, []), (None, [Span(1, 200, 200)])])
-def test_cuda_attention_on_a_gpu(dtype, window, spans):
+@pytest.mark.parametrize(
+    ("window", "spans", "chunk_size"),
+    [(None, [], None), (100, [], None), (None, [Span(1, 200, 200)], None), (None, [], 256), (None, [], 300)],
+)
+def test_cuda_attention_on_a_gpu(dtype, window, spans, chunk_size):
     device = torch.device("cuda", 0)
     attention = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, device)
     host = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, CPU, attention.block_size)
@@ -500,5 +565,6 @@ def test_cuda_attention_on_a_gpu(dtype, window, spans):
         query, key, value = (
             torch.randn(batch.num_tokens, heads, 128, generator=tensors).to(target, dtype) for heads in (16, 8, 8)
         )
-        outputs.append(backend.begin(batch, spans).attend(1, query, key, value, 128**-0.5, window).cpu())
+        step = backend.begin(batch, spans)
+        outputs.append(step.attend(1, query, key, value, 128**-0.5, window, chunk_size).cpu())
     assert (outputs[0].double() - outputs[1].double()).abs().max() < TOLERANCE[dtype]

@@ -47,6 +47,7 @@ def paged_attention_forward(
         value[0].transpose(0, 1),
         scaling,
         options.get("sliding_window"),
+        options.get("attention_chunk_size"),
     )
     return output.unsqueeze(0), None
 

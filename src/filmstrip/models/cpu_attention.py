@@ -18,7 +18,7 @@ from filmstrip.models.cpu_attention_kernels import ARGUMENTS, RUN, WORK, compile
 from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 from filmstrip.models.cpu_simd import VECTOR
 from filmstrip.models.cpu_threads import run_on_threads
-from filmstrip.models.dense_attention import attend_dense
+from filmstrip.models.dense_attention import Bounds, attend_dense
 from filmstrip.models.paged_attention import AttentionShape, Span, VisibleTokens
 
 DEFAULT_BLOCK_SIZE = 32
@@ -83,7 +83,7 @@ class _LongChunk:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What layers of one window share: work for the kernels, and memory for results of splits."""
+    """What layers that see equally far back share: work for the kernels, and memory for results of splits."""
 
     works: np.ndarray
     row_starts: np.ndarray
@@ -109,7 +109,7 @@ class CpuAttentionStep:
         row_size = scratch_row(shape.head_dim, attention.key_columns, attention.value_columns)
         self._partial_size = max_rows * (attention.value_columns + VECTOR)
         self._scratch = np.empty((num_threads, max_rows * row_size), dtype=np.float32)
-        self._plans: dict[int | None, _Plan] = {}
+        self._plans: dict[tuple[int | None, int | None], _Plan] = {}
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
         self._set(
@@ -138,6 +138,7 @@ class CpuAttentionStep:
         value: torch.Tensor,
         scaling: float,
         window: int | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
         kernels, (key_pages, value_pages) = self._attention.kernels, self._attention.pages[layer_index]
@@ -146,7 +147,7 @@ class CpuAttentionStep:
         self._set_tokens(key, value)
         self._run(kernels.store, self._store_runs)
         output = torch.empty(query.shape, dtype=torch.float32)
-        plan = self._plan(window)
+        plan = self._plan(window, chunk_size)
         if len(plan.works):
             scaled = (query.to(torch.float32) * (scaling * math.log2(math.e))).contiguous()
             self._set(
@@ -158,14 +159,17 @@ class CpuAttentionStep:
             )
             self._run(kernels.attend, plan.works)
         for chunk in self._long_chunks:
-            output[chunk.rows] = self._attend_gathered(chunk, query[chunk.rows], scaling, window)
+            output[chunk.rows] = self._attend_gathered(
+                chunk, query[chunk.rows], scaling, self._visible.bounds(chunk.rows, window, chunk_size)
+            )
         return output.to(query.dtype)
 
-    def _plan(self, window: int | None) -> _Plan:
-        """Work of layers that see ``window`` tokens back, made when the first of them asks."""
-        if window not in self._plans:
+    def _plan(self, window: int | None, chunk_size: int | None) -> _Plan:
+        """Work of layers that see ``window`` tokens back, or their chunk's, made when the first of them asks."""
+        key = (window, chunk_size)
+        if key not in self._plans:
             attention, batch, num_heads = self._attention, self._batch, self._attention.shape.num_kv_heads
-            row_starts = self._visible.starts(window)
+            row_starts = self._visible.starts(window, chunk_size)
             works, num_partials = plan_works(
                 [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
                 np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
@@ -176,16 +180,16 @@ class CpuAttentionStep:
                 block_size=attention.block_size,
                 num_threads=torch.get_num_threads(),
             )
-            self._plans[window] = _Plan(
+            self._plans[key] = _Plan(
                 works,
                 row_starts,
                 np.empty((num_partials * num_heads, self._partial_size), dtype=np.float32),
                 np.zeros(num_partials * num_heads, dtype=np.int64),
             )
-        return self._plans[window]
+        return self._plans[key]
 
     def _attend_gathered(
-        self, chunk: _LongChunk, query: torch.Tensor, scaling: float, window: int | None
+        self, chunk: _LongChunk, query: torch.Tensor, scaling: float, visible: Bounds | None
     ) -> torch.Tensor:
         """Attention of one long chunk over a contiguous copy of its request's pages."""
         shape = self._attention.shape
@@ -193,7 +197,6 @@ class CpuAttentionStep:
         keys, values = (part[:size].view(shape.num_kv_heads, chunk.length, -1) for part in self._gathered)
         self._set_tokens(keys.transpose(0, 1), values.transpose(0, 1))
         self._run(self._attention.kernels.gather, chunk.runs)
-        visible = self._visible.bounds(chunk.rows, window)
         return attend_dense(query.to(keys.dtype), keys, values, scaling, visible)
 
     def _plan_long_chunks(self, batch: Batch) -> list[_LongChunk]:

@@ -6,6 +6,7 @@ attention does not compute, the pages of each request are gathered and go throug
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -50,6 +51,7 @@ class CudaPagedAttention:
         self.block_size = block_size or (FLASH_BLOCK_MULTIPLE if self.varlen else GATHER_BLOCK_SIZE)
         self.kv_bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gathered_chunk_sizes: set[int] = set()
 
     def allocate(self, num_blocks: int) -> None:
         """Make ``num_blocks`` zeroed pages for every layer; pages made before are dropped first."""
@@ -59,19 +61,36 @@ class CudaPagedAttention:
             key_pages, value_pages = (torch.zeros(page_shape, dtype=self.dtype, device=self.device) for _ in range(2))
             self.pages.append((key_pages, value_pages))
 
+    def reads_chunks_of(self, chunk_size: int | None) -> bool:
+        """Whether chunks of ``chunk_size`` tokens begin with a page; said once in the log if not: pages are gathered."""
+        if chunk_size is None or chunk_size % self.block_size == 0:
+            return True
+        if chunk_size not in self._gathered_chunk_sizes:
+            self._gathered_chunk_sizes.add(chunk_size)
+            logger.warning(
+                "attention in chunks gathers K and V pages for each request, which is slower: the chunk size %d is not a "
+                "multiple of block_size %d",
+                chunk_size,
+                self.block_size,
+            )
+        return False
+
     def begin(self, batch: Batch, spans: Sequence[Span] = ()) -> CudaAttentionStep:
         """Prepare the forward pass of ``batch``, whose rows in ``spans`` see each other both ways."""
         return CudaAttentionStep(self, batch, VisibleTokens(batch, spans))
 
 
 class CudaAttentionStep:
-    """One forward pass on a CUDA device. Flash attention has no spans: a step that has some gathers pages."""
+    """One forward pass on a CUDA device. Flash attention has no spans: a step that has some gathers pages.
+
+    Nor has it chunks: there a request goes to the kernel as several, each with the pages of one chunk.
+    """
 
     def __init__(self, attention: CudaPagedAttention, batch: Batch, visible: VisibleTokens) -> None:
         self._attention = attention
         self._batch, self._visible = batch, visible
         self._varlen = None if visible.has_spans else attention.varlen
-        self._varlen_arguments = varlen_arguments(batch) if self._varlen else {}
+        self._varlen_arguments: dict[int | None, dict[str, Any]] = {}
 
     def attend(
         self,
@@ -81,17 +100,58 @@ class CudaAttentionStep:
         value: torch.Tensor,
         scaling: float,
         window: int | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See :class:`filmstrip.models.paged_attention.AttentionStep`."""
         key_pages, value_pages = self._attention.pages[layer_index]
         key_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
         value_pages.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
-        if self._varlen is None:
-            return attend_gathered(self._batch, query, key_pages, value_pages, scaling, self._visible, window)
-        arguments = (
-            self._varlen_arguments if window is None else self._varlen_arguments | {"window_size": (window - 1, 0)}
-        )
+        if self._varlen is None or not self._attention.reads_chunks_of(chunk_size):
+            pages = (key_pages, value_pages)
+            return attend_gathered(self._batch, query, *pages, scaling, self._visible, window, chunk_size)
+        arguments = self._arguments(chunk_size)
+        if window is not None:
+            arguments = arguments | {"window_size": (window - 1, 0)}
         return self._varlen(query.contiguous(), key_pages, value_pages, scale=scaling, **arguments)
+
+    def _arguments(self, chunk_size: int | None) -> dict[str, Any]:
+        """What the kernel is told, worked out when the first layer of this ``chunk_size`` asks."""
+        if chunk_size not in self._varlen_arguments:
+            batch = self._batch
+            cut = batch if chunk_size is None else cut_at_chunks(batch, chunk_size, self._attention.block_size)
+            self._varlen_arguments[chunk_size] = varlen_arguments(cut)
+        return self._varlen_arguments[chunk_size]
+
+
+def cut_at_chunks(batch: Batch, chunk_size: int, block_size: int) -> Batch:
+    """``batch`` with each request cut into one for every chunk of ``chunk_size`` tokens that its rows are in.
+
+    Each has the pages of its own chunk only. ``chunk_size`` is a multiple of ``block_size``.
+    """
+    pieces = [
+        (request, chunk, max(length - num_rows, chunk * chunk_size), min(length, (chunk + 1) * chunk_size))
+        for request, (num_rows, length) in enumerate(zip(batch.query_lens, batch.context_lens_list, strict=True))
+        for chunk in range((length - num_rows) // chunk_size, (length - 1) // chunk_size + 1)
+    ]
+    query_lens = [end - start for _, _, start, end in pieces]
+    context_lens = [end - chunk * chunk_size for _, chunk, _, end in pieces]
+    num_pages = -(-max(context_lens) // block_size)
+    table = batch.block_tables
+    requests, firsts = (
+        torch.tensor(values, device=table.device)
+        for values in zip(*((request, chunk * chunk_size // block_size) for request, chunk, *_ in pieces), strict=True)
+    )
+    # Behind a piece's last page anything may stand: the kernel does not look there.
+    columns = (firsts[:, None] + torch.arange(num_pages, device=table.device)).clamp_(max=table.shape[1] - 1)
+    rows = torch.tensor(query_lens, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return dataclasses.replace(
+        batch,
+        cu_seqlens_q=torch.nn.functional.pad(rows, (1, 0)).to(table.device),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32, device=table.device),
+        block_tables=table[requests[:, None], columns],
+        query_lens=query_lens,
+        context_lens_list=context_lens,
+    )
 
 
 def varlen_arguments(batch: Batch) -> dict[str, Any]:
@@ -122,6 +182,7 @@ def attend_gathered(
     scaling: float,
     visible: VisibleTokens,
     window: int | None = None,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Attention of each request over a contiguous copy of its pages (num_blocks, block_size, num_kv_heads, head_dim)."""
     block_size = key_pages.shape[1]
@@ -131,7 +192,7 @@ def attend_gathered(
         used = blocks[: -(-length // block_size)]
         keys, values = (pages[used].flatten(0, 1)[:length].transpose(0, 1) for pages in (key_pages, value_pages))
         rows = slice(start, start + num_rows)
-        output[rows] = attend_dense(query[rows], keys, values, scaling, visible.bounds(rows, window))
+        output[rows] = attend_dense(query[rows], keys, values, scaling, visible.bounds(rows, window, chunk_size))
         start += num_rows
     return output
 

@@ -52,20 +52,27 @@ class VisibleTokens:
             self.ends[span.first_row : span.first_row + span.num_rows] = span.end
         self.has_spans = bool(spans)
 
-    def starts(self, window: int | None) -> np.ndarray:
+    def starts(self, window: int | None, chunk_size: int | None = None) -> np.ndarray:
         """int64 (N,): the first token that each row sees in layers where a token sees ``window`` tokens up to itself.
 
-        None: all. A window bounds how far back a span is seen, too.
+        None: all. A window bounds how far back a span is seen, too. With a ``chunk_size`` requests are cut into chunks of so
+        many tokens, and nothing before its own chunk is seen; raises ValueError if there are spans, which could reach out of
+        one.
         """
-        if window is None:
-            return np.zeros_like(self._positions)
-        return np.maximum(self._positions - window + 1, 0)
+        starts = np.zeros_like(self._positions)
+        if chunk_size is not None:
+            if self.has_spans:
+                raise ValueError("attention in chunks and spans that are seen both ways do not go together")
+            starts = self._positions // chunk_size * chunk_size
+        return starts if window is None else np.maximum(self._positions - window + 1, starts)
 
-    def bounds(self, rows: slice, window: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+    def bounds(
+        self, rows: slice, window: int | None, chunk_size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Starts and ends of what ``rows`` see, if that is not just all tokens up to themselves."""
-        if window is None and not self.has_spans:
+        if window is None and chunk_size is None and not self.has_spans:
             return None
-        return self.starts(window)[rows], self.ends[rows]
+        return self.starts(window, chunk_size)[rows], self.ends[rows]
 
 
 class AttentionStep(Protocol):
@@ -79,12 +86,14 @@ class AttentionStep(Protocol):
         value: torch.Tensor,
         scaling: float,
         window: int | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """Store K and V of the N packed tokens, return softmax(scaling * Q K^T) V over each token's request.
 
         ``query`` is (N, num_query_heads, head_dim), ``key`` and ``value`` are (N, num_kv_heads, head_dim), of any strides;
         the result is contiguous (N, num_query_heads, head_dim) in the dtype of ``query``. A token sees the tokens of its
-        own request up to and including itself, of those the last ``window`` if given, and the rest of its span.
+        own request up to and including itself, of those the last ``window`` if given, and the rest of its span. With a
+        ``chunk_size`` token i sees token j only if ``j // chunk_size == i // chunk_size``.
         """
         ...
 
