@@ -258,10 +258,14 @@ class SeriesPlan:
 
 @dataclass(frozen=True)
 class Normalization:
-    """``(x - 255*mean) / (255*std)`` per channel, as the reference processors fuse rescaling and normalising."""
+    """``(x - 255*mean) / (255*std)`` per channel, as the reference processors fuse rescaling and normalising.
+
+    With the ``dtype`` bfloat16 it is ``(x/255 - mean) / std``, each step rounded to that.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    dtype: Literal["float32", "bfloat16"] = "float32"
     later_views: Normalization | None = None
     """For views of a frame behind the first, where the model wants those otherwise."""
 

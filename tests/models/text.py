@@ -10,10 +10,12 @@ import transformers
 from transformers import GenerationConfig
 
 from filmstrip.demo.checkpoint import build_tokenizer, randomize_weights
+from tests.models.llama4 import LLAMA4_TEXT
 from tests.models.tiles import GEMMA3_TEXT
 
 ARCHITECTURES = (
     "Gemma3ForCausalLM",
+    "Llama4ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
@@ -30,6 +32,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 256,
         },
+        "attention_bias": True,
+    },
+    "Llama4ForCausalLM": {
+        **LLAMA4_TEXT,
+        "attention_chunk_size": 50,
+        "floor_scale": 32,
+        "num_experts_per_tok": 2,
+        "use_qk_norm": False,
         "attention_bias": True,
     },
     "MistralForCausalLM": {"sliding_window": None, "head_dim": 32},

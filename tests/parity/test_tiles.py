@@ -18,6 +18,7 @@ from filmstrip.models.loader import load_model
 from filmstrip.models.qwen_vl import normalize_patches
 from filmstrip.types import Modality
 from tests.models import tiles
+from tests.models.llama4 import make_llama4
 from tests.parity.conftest import Case, build_prompts, image, reference_case, run_reference_program, user
 from tests.parity.test_engine import check, make_engine, run
 
@@ -37,7 +38,10 @@ IMAGE_CASES = ["text_only", "image", "small_image", "large_image"]
 
 @dataclass(frozen=True)
 class Family:
-    """``make`` writes a checkpoint; ``renamed``: Transformers once had other names for its weights."""
+    """``make`` writes a checkpoint.
+
+    ``renamed``: Transformers has other names for its weights than what is on the hub.
+    """
 
     make: Callable[..., str]
     takes_video: bool = True
@@ -53,6 +57,7 @@ FAMILIES = {
     "gemma3": Family(tiles.make_gemma3, takes_video=False),
     "deepseek_vl": Family(tiles.make_deepseek_vl, takes_video=False, renamed=False),
     "deepseek_vl_hybrid": Family(tiles.make_deepseek_vl_hybrid, takes_video=False, renamed=False),
+    "llama4": Family(make_llama4, takes_video=False, renamed=False),
 }
 
 
@@ -136,7 +141,7 @@ def test_weights_named_by_older_and_newer_transformers(family, path, model, tmp_
     old = load_file(Path(path) / "model.safetensors")
     assert any(name.startswith("language_model.model.") for name in old) == FAMILIES[family].renamed
     new = {name: weight.clone() for name, weight in model.module.state_dict().items()}
-    assert any(name.startswith("model.language_model.") for name in new)
+    assert any(name.startswith("model.language_model.") for name in new) == FAMILIES[family].renamed
     save_file(new, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = load_model(EngineConfig(str(tmp_path), device="cpu", dtype="float32", num_threads=2)).module.state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in new.items())

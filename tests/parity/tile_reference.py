@@ -24,6 +24,7 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
     if first_token and prompt.startswith(first_token):  # the template wrote it: the tokenizer must not, too
         options["add_special_tokens"] = False
     inputs = processor(text=[prompt], images=images or None, return_tensors="pt", **options)
+    inputs = inputs.to(torch.float32)  # what the model computes in; Llama 4's processor gives bfloat16
     generated = model.generate(
         **inputs,
         max_new_tokens=case["max_new_tokens"],

@@ -148,16 +148,21 @@ def normalize_patches(patches: torch.Tensor, normalization: Normalization | None
     """uint8 patch rows (num_patches, 3 * tps * ps * ps) to fp32, bit-equal to the reference processors.
 
     They fuse rescaling into normalising: mean and std times 255 as fp32 tensors, then a subtraction and a division
-    (``BaseImageProcessor.rescale_and_normalize`` in Transformers). Without a ``normalization`` values stay what they are.
+    (``BaseImageProcessor.rescale_and_normalize`` in Transformers). Where the ``normalization`` is of bfloat16 each of three
+    steps is rounded to that. Without one values stay what they are.
     """
     if normalization is None:
         return patches.to(torch.float32)
+    dtype = torch.bfloat16 if normalization.dtype == "bfloat16" else torch.float32
     mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=patches.device) * 255.0
-        for values in (normalization.mean, normalization.std)
+        torch.tensor(values, dtype=dtype, device=patches.device) for values in (normalization.mean, normalization.std)
     )
-    channels = patches.to(torch.float32).unflatten(1, (len(normalization.mean), -1))
-    return channels.sub_(mean[:, None]).div_(std[:, None]).flatten(1)
+    channels = patches.to(dtype).unflatten(1, (len(normalization.mean), -1))
+    if dtype == torch.bfloat16:
+        channels = channels * (1 / 255)
+    else:
+        mean, std = mean * 255.0, std * 255.0
+    return channels.sub_(mean[:, None]).div_(std[:, None]).flatten(1).to(torch.float32)
 
 
 def _split_item(item: EncoderInput) -> Iterable[EncoderInput]:

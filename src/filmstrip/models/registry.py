@@ -20,6 +20,8 @@ _MODEL_CLASSES = {
     "InternS1ProForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternS1_1_ForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
+    "Llama4ForCausalLM": "filmstrip.models.llama4:Llama4Text",
+    "Llama4ForConditionalGeneration": "filmstrip.models.llama4:Llama4Model",
     "LlamaForCausalLM": "filmstrip.models.text:TextModel",
     "LlavaForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
     "LlavaNextForConditionalGeneration": "filmstrip.models.vision_text:LlavaNextModel",

@@ -40,7 +40,7 @@ class VisionTextModel:
         self.info = info
         self._attention = attention
         self.module = module
-        self._language_model, self._lm_head = module.model.language_model, module.lm_head
+        self._language_model, self._lm_head = self._text_parts(module)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> VisionTextModel:
@@ -78,9 +78,18 @@ class VisionTextModel:
             inputs_embeds=embed_rows(self._language_model.embed_tokens, batch.token_ids, placements, rows).unsqueeze(0),
             position_ids=batch.positions[:1],
             use_cache=False,
-            paged_step=self._attention.begin(batch, self._spans(placements)),
+            **self._begin(batch, placements),
         ).last_hidden_state[0]
         return self._lm_head(hidden_states[batch.logits_indices]).float()
+
+    @staticmethod
+    def _text_parts(module: Any) -> tuple[Any, Any]:
+        """The text model without its head, and the head."""
+        return module.model.language_model, module.lm_head
+
+    def _begin(self, batch: Batch, placements: Sequence[EmbeddingPlacement]) -> dict[str, Any]:
+        """What the layers need to know of the step, as keyword arguments."""
+        return {"paged_step": self._attention.begin(batch, self._spans(placements))}
 
     def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:  # noqa: ARG002 - for other families
         """Media whose tokens see each other both ways; none here."""

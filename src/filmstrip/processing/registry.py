@@ -26,6 +26,8 @@ _PROCESSORS = {
     "Gemma3ForCausalLM": _TEXT,
     "Gemma3ForConditionalGeneration": ("filmstrip.processing.gemma3", "Gemma3Processor"),
     "InternVLForConditionalGeneration": ("filmstrip.processing.internvl", "InternVLProcessor"),
+    "Llama4ForCausalLM": _TEXT,
+    "Llama4ForConditionalGeneration": ("filmstrip.processing.llama4", "Llama4Processor"),
     "LlamaForCausalLM": _TEXT,
     "LlavaForConditionalGeneration": ("filmstrip.processing.llava", "LlavaProcessor"),
     "LlavaNextForConditionalGeneration": ("filmstrip.processing.llava", "LlavaNextProcessor"),
