@@ -129,6 +129,7 @@ FAMILIES = (
     _with_vision("GLM-4.1V", "Glm4vForConditionalGeneration", _GLM_V, "glm_4_1v", **_GLM),
     _with_vision("GLM-4.5V", "Glm4vMoeForConditionalGeneration", _GLM_V, "glm_4_5v", **_GLM),
     _with_vision("GLM-4.6V", "Glm46VForConditionalGeneration", _GLM_V, "glm_4_6v", **_GLM),
+    _with_tiles("Llama 4", "Llama4ForConditionalGeneration", "llama4", video=False),
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
@@ -143,6 +144,7 @@ FAMILIES = (
     _text_only("Qwen3-MoE", "Qwen3MoeForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Qwen2", "Qwen2ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Gemma 3, text only", "Gemma3ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    _text_only("Llama 4, text only", "Llama4ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Llama", "LlamaForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Mistral", "MistralForCausalLM", _TEXT, "test_after_a_prefix_hit"),
 )

@@ -1,5 +1,7 @@
 """Which segments are encoded, in which runs: holes in the encoder cache, neighbours, bounds, chunks."""
 
+import dataclasses
+
 import pytest
 
 from tests.engine.helpers import alone, greedy, make_engine, run, step
@@ -55,6 +57,15 @@ def test_long_videos_are_encoded_in_bounded_pieces(monkeypatch, bound, calls):
     engine = make_engine(model=CountingModel())
     assert run(engine, {"a": each})["a"] == alone(each)
     assert [num_segments for _, num_segments in engine.model.calls] == calls
+
+
+def test_parts_of_a_picture_are_encoded_as_they_are_shown():
+    """Its grid has one temporal group, whatever the number of segments; what is encoded has the grid of its own rows."""
+    picture = dataclasses.replace(feature(1, num_segments=5, content=88, modality="image"), grid_thw=(1, 15, 1))
+    each = prompt(40, picture, seed=18)
+    engine = make_engine(max_num_batched_tokens=8, model=CountingModel())
+    assert run(engine, {"a": each})["a"] == alone(each)
+    assert engine.model.calls == [(6, 2), (6, 2), (3, 1)]
 
 
 def test_a_chunk_encodes_what_it_shows_and_no_more():

@@ -266,7 +266,7 @@ def test_after_preemption(model, asked, expected, prefix):
         check(results[name], expected[name])
 
 
-@pytest.mark.parametrize("name", ["internvl", "gemma3", "deepseek_vl_hybrid"])
+@pytest.mark.parametrize("name", ["internvl", "gemma3", "llama4", "deepseek_vl_hybrid"])
 def test_from_messages_to_words(name, paths, all_conversations, references):
     """Through the engine's process, with a step smaller than a picture."""
     cases = {

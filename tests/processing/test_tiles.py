@@ -11,10 +11,12 @@ from filmstrip.errors import InvalidRequestError, ModelLoadError
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.prompt_builder import PromptBuilder
+from filmstrip.processing.placeholders import Placeholder
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tokenizer import Tokenizer
 from filmstrip.types import FrameSampling, ImageMetadata, Modality, PatchLayout, PixelLimits, VideoMetadata, View
 from tests.models import tiles
+from tests.models.llama4 import make_llama4
 
 
 def make_processor(path, **media):
@@ -91,6 +93,65 @@ def test_max_pixels_lowers_the_number_of_tiles(internvl, max_pixels, size, num_t
     assert (plan.height, plan.width) == size
     assert plan.patches_shape == (num_tiles, 3 * 56 * 56)
     assert plan.num_tokens == 4 * num_tiles
+
+
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory):
+    return make_llama4(tmp_path_factory.mktemp("llama4"))
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "size", "num_tiles"),
+    [(None, (112, 168), 7), (6 * 56**2 - 1, (112, 112), 5), (3 * 56**2, (56, 112), 3), (1, (56, 56), 1)],
+)
+def test_max_pixels_lowers_the_number_of_tiles_of_llama4(llama4, max_pixels, size, num_tiles):
+    plan = make_processor(llama4).plan_image(ImageMetadata(400, 600), PixelLimits(max_pixels=max_pixels))
+    assert (plan.height, plan.width) == size
+    assert plan.patches_shape == (num_tiles, 3 * 56 * 56)
+    assert plan.num_tokens == 4 * num_tiles
+
+
+def test_words_between_tiles_of_llama4(llama4):
+    processor, ids = make_processor(llama4), Tokenizer(llama4).special_tokens
+    named = {token_id: token for token, token_id in ids.items()}
+    for shape, words in (
+        ((100, 150), "start P x P x P y P x P x P y image P end"),
+        ((150, 50), "start P y P y P y image P end"),
+        ((30, 56), "start image P end"),
+    ):
+        plan = processor.plan_image(ImageMetadata(*shape), PixelLimits())
+        pieces = processor.expand([ids["<|image|>"]], [PlannedMedia(Modality.IMAGE, plan)])
+        found = ["P" if isinstance(piece, Placeholder) else named[piece].strip("<|>") for piece in pieces[1:]]
+        full = {"start": "image_start", "end": "image_end", "x": "tile_x_separator", "y": "tile_y_separator"}
+        assert found == [full.get(word, word) for word in words.split()]
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 28, "width": 28}},
+            "tiles of 56 pixels and 4 tokens .* 28 and 1",
+        ),
+        ("processor_config.json", {"pixel_shuffle_ratio": 0.25}, "tiles of 56 pixels and 4 tokens .* 56 and 1"),
+        ("preprocessor_config.json", {"max_patches": 0}, "sets max_patches to 0; it must be at least 1"),
+    ],
+)
+def test_tiles_of_llama4_that_the_model_does_not_take_are_not_loaded(llama4, tmp_path, file, values, named):
+    with pytest.raises(ModelLoadError, match=named):
+        make_processor(with_changed(llama4, tmp_path, file, **values))
+
+
+def test_the_number_that_the_first_files_of_llama4_have_for_true(llama4, tmp_path):
+    """Tokenizer and processor read a config.json that Transformers refuses by now, too."""
+    text = json.loads((Path(llama4) / "config.json").read_text())["text_config"] | {"attn_temperature_tuning": 4}
+    path = with_changed(llama4, tmp_path, "config.json", text_config=text)
+    assert make_processor(path).modalities == {Modality.IMAGE}
+    tokenizers = [Tokenizer(each) for each in (llama4, path)]
+    facts = [(each.special_tokens, each.first_ids, each.encode_text(" A <|patch|> b")) for each in tokenizers]
+    assert facts[0] == facts[1]
+    assert type(tokenizers[0].hf) is type(tokenizers[1].hf)
 
 
 def test_items_and_marks_of_the_template_must_match(internvl):

@@ -89,11 +89,15 @@ def _encoder_input(run: list[Segment]) -> EncoderInput:
     feature = run[0].feature
     rows = _rows_per_segment(run[0])
     frames, height, width = feature.grid_thw
+    if frames % len(feature.segments) == 0:
+        grid_thw = (frames // len(feature.segments) * len(run), height, width)
+    else:  # segments are parts of a picture
+        grid_thw = (frames, height * len(run) // len(feature.segments), width)
     first, last = run[0].index, run[-1].index + 1
     return EncoderInput(
         modality=feature.modality,
         patches=feature.patches.torch()[first * rows : last * rows],
-        grid_thw=(frames // len(feature.segments) * len(run), height, width),
+        grid_thw=grid_thw,
         normalization=feature.normalization,
         num_segments=len(run),
         source_size=feature.source_size,

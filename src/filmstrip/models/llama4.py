@@ -130,8 +130,9 @@ def _load_module(checkpoint: Checkpoint, attn_implementation: str | dict[str, st
         text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])
     try:
         config = module_class.config_class.from_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise ModelLoadError(f"cannot read config.json of {checkpoint.model!r}: {error}", param="model") from error
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ModelLoadError(f"cannot read config.json of {checkpoint.model!r}: {message}", param="model") from error
     return checkpoint.load_module(module_class, config=config, attn_implementation=attn_implementation)
 
 

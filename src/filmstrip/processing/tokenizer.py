@@ -12,7 +12,8 @@ import re
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from filmstrip.errors import ModelLoadError
 
@@ -26,7 +27,7 @@ class Tokenizer:
     def __init__(self, model: str, revision: str | None = None) -> None:
         """Load from a directory or hub id; raises ModelLoadError."""
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True)
+            self.hf: Any = _load(model, revision)
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadError(f"cannot load the tokenizer of {model!r}: {error}", param="model") from error
         backend = getattr(self.hf, "backend_tokenizer", None)
@@ -101,6 +102,17 @@ class Tokenizer:
         if skip_special_tokens:
             token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
         return self._plain.decode(token_ids, skip_special_tokens=False)
+
+
+def _load(model: str, revision: str | None) -> Any:
+    """Transformers' tokenizer; raises what Transformers raises."""
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True)
+    except StrictDataclassError:
+        # A field of config.json is of another type than Transformers declares by now. Whoever reads that field judges it;
+        # of a plain configuration, which AutoTokenizer falls back to for other faults, it takes the model's type alone.
+        config = PreTrainedConfig.from_pretrained(model, revision=revision)
+        return AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, config=config)
 
 
 def _without_opening_space(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
