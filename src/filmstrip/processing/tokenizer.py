@@ -111,7 +111,7 @@ def _load(model: str, revision: str | None) -> Any:
     except StrictDataclassError:
         # A field of config.json is of another type than Transformers declares by now. Whoever reads that field judges it;
         # of a plain configuration, which AutoTokenizer falls back to for other faults, it takes the model's type alone.
-        config = PreTrainedConfig.from_pretrained(model, revision=revision)
+        config = PreTrainedConfig.from_pretrained(model, revision=revision or "main")
         return AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, config=config)
 
 
