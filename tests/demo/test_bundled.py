@@ -9,7 +9,7 @@ from filmstrip.demo.scenes import Painter
 from filmstrip.demo.serving import running_server
 
 NUM_CLIPS = 40
-NUM_ABLATED_CLIPS = 16
+NUM_ABLATED_CLIPS = 10
 FLOOR = 0.93
 CHANCE = 0.35
 MEBIBYTE = 1 << 20
@@ -69,7 +69,7 @@ def test_it_answers_questions_about_clips_it_never_saw(server, folder):
 def test_without_order_or_times_it_cannot_tell(server, folder):
     tables = evaluate_ablations(server.url, folder, num_clips=NUM_ABLATED_CLIPS, first_seed=FIRST_SEED + 200_000)
     whole = tables["none"]
-    assert min(whole.asked["direction"], whole.asked["when"]) > 8
+    assert min(whole.asked["direction"], whole.asked["when"]) > 5
     assert whole.share("direction", "when") >= FLOOR, whole.wrong
     for taken in ("other clip", "frames shuffled", "frames reversed", "frames repeated"):
         assert tables[taken].share("direction", "when") <= CHANCE, taken
