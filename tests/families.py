@@ -100,6 +100,8 @@ _HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
 _QWEN2_VL = "tests/parity/test_qwen2_vl.py"
 _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
 _GLM_V = "tests/parity/test_glm_v.py"
+_OMNI = "tests/parity/test_omni.py"
+_OMNI_TESTS = _RUN | {"prompts": f"{_OMNI}::test_prompts["}
 _GLM = _RUN | {"prompts": f"{_GLM_V}::test_prompts["}
 
 FAMILIES = (
@@ -130,6 +132,10 @@ FAMILIES = (
     _with_vision("GLM-4.5V", "Glm4vMoeForConditionalGeneration", _GLM_V, "glm_4_5v", **_GLM),
     _with_vision("GLM-4.6V", "Glm46VForConditionalGeneration", _GLM_V, "glm_4_6v", **_GLM),
     _with_tiles("Llama 4", "Llama4ForConditionalGeneration", "llama4", video=False),
+    _with_vision("Qwen3-Omni", "Qwen3OmniMoeForConditionalGeneration", _OMNI, "whole", **_OMNI_TESTS),
+    _with_vision(
+        *("Qwen3-Omni, thinker alone", "Qwen3OmniMoeThinkerForConditionalGeneration", _OMNI, "thinker"), **_OMNI_TESTS
+    ),
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),

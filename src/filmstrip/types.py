@@ -329,14 +329,14 @@ class MediaRecord:
 class ProcessedPrompt:
     """A prompt ready for the engine.
 
-    ``positions`` is int32 (3, num_tokens) where the model uses M-RoPE, else None; generated token i (counted from the start
-    of the prompt) then has position ``i + position_delta`` on all axes.
+    ``positions`` is int32 (3, num_tokens) where the model uses M-RoPE, float32 where some lie between whole numbers, else
+    None; generated token i (counted from the start of the prompt) then has position ``i + position_delta`` on all axes.
     """
 
     token_ids: list[int]
     features: tuple[MediaFeature, ...] = ()
     positions: np.ndarray | None = None
-    position_delta: int = 0
+    position_delta: float = 0
     media: tuple[MediaRecord, ...] = ()
 
 

@@ -30,16 +30,16 @@ PARAMS = st.builds(
     ignore_eos=st.booleans(),
 )
 PROMPTS = st.builds(
-    lambda token_ids, contents, delta, mrope: ProcessedPrompt(
+    lambda token_ids, contents, delta, dtype: ProcessedPrompt(
         token_ids,
         tuple(feature(7 * place, content=content) for place, content in enumerate(contents)),
-        np.arange(3 * len(token_ids), dtype=np.int32).reshape(3, -1) if mrope else None,
+        None if dtype is None else np.linspace(0, 99.9, 3 * len(token_ids)).astype(dtype).reshape(3, -1),
         delta,
     ),
     st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50),
     st.lists(st.integers(0, 255), max_size=4),
-    st.integers(-(10**6), 10**6),
-    st.booleans(),
+    st.integers(-(10**6), 10**6) | st.floats(-1e6, 1e6),
+    st.sampled_from([None, np.int32, np.float32]),
 )
 
 
@@ -87,6 +87,7 @@ def check_equal(theirs, mine):
     assert (theirs.token_ids, theirs.position_delta) == (mine.token_ids, mine.position_delta)
     assert (theirs.positions is None) == (mine.positions is None)
     assert mine.positions is None or np.array_equal(theirs.positions, mine.positions)
+    assert mine.positions is None or theirs.positions.dtype == mine.positions.dtype
     assert len(theirs.features) == len(mine.features)
     for other, own in zip(theirs.features, mine.features, strict=True):
         assert np.array_equal(other.patches.array, own.patches.array)

@@ -69,7 +69,7 @@ def run_case(case: dict, arrays, processor, model) -> dict[str, np.ndarray]:
     )
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     grids = {key: inputs[key] for key in names if key in inputs}
-    positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
+    positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs.get("mm_token_type_ids"), **grids)
     steps = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: steps.append(kwargs["position_ids"][-3:, 0, 0]), with_kwargs=True

@@ -57,6 +57,29 @@ def test_groups_of_one_video_with_nothing_between_them():
     assert delta == 350 - len(assembled.token_ids)
 
 
+def test_places_between_those_of_tokens():
+    """As ``get_rope_index`` of Qwen3-Omni: 8.666667 places of time between groups of 1 x 2 tokens, in float32."""
+    apart = np.float32(26 / 3)
+    pieces = [
+        1,
+        2,
+        *[Placeholder(0, 9, 1, 2, float(group * apart)) for group in range(3)],
+        3,
+        Placeholder(1, 8, 4, 1),
+        4,
+    ]
+    assembled = assemble(pieces, encode)
+    positions, delta = mrope_positions(len(assembled.token_ids), assembled.placed, beyond_time=True)
+    assert positions.dtype == np.float32
+    behind = np.float32(2) + 2 * apart + np.float32(1)
+    assert positions[0].tolist()[2:8] == [2, 2, 2 + apart, 2 + apart, 2 + 2 * apart, 2 + 2 * apart]
+    assert positions[:, 8].tolist() == [behind] * 3
+    assert positions[:, 9].tolist() == [behind + 1] * 3
+    assert positions[:, 12].tolist() == [behind + 1, behind + 4, behind + 1]
+    assert positions[:, 13].tolist() == [behind + 5] * 3
+    assert delta == behind + 6 - len(assembled.token_ids)
+
+
 def test_neighbours_are_one_video_only_if_they_are_of_one_item():
     first, second = Placeholder(0, 9, 1, 2), Placeholder(1, 9, 3, 1)
     assembled = assemble([first, second, 5], encode)

@@ -10,8 +10,8 @@ from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConf
 from filmstrip.errors import InvalidRequestError, ModelLoadError
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
-from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.placeholders import Placeholder
+from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.registry import create_processor
 from filmstrip.processing.tokenizer import Tokenizer
 from filmstrip.types import FrameSampling, ImageMetadata, Modality, PatchLayout, PixelLimits, VideoMetadata, View

@@ -46,13 +46,17 @@ def build_batch(
     for table, request in zip(tables, scheduled, strict=True):
         table[: len(request.block_table)] = np.frombuffer(request.block_table, np.intc)
 
+    packed_positions = np.concatenate(positions, axis=1)
+    if np.issubdtype(packed_positions.dtype, np.floating):  # of float32 and int64 NumPy makes float64
+        packed_positions = packed_positions.astype(np.float32)
+
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
     states = [request.state_slot for request in scheduled if request.state_slot is not None]
     batch = Batch(
         token_ids=tensor(np.concatenate(token_ids)),
-        positions=tensor(np.concatenate(positions, axis=1)),
+        positions=tensor(packed_positions),
         slot_mapping=tensor(np.concatenate(slots)),
         cu_seqlens_q=tensor(np.cumsum([0, *query_lens], dtype=np.int32)),
         context_lens=tensor(np.asarray(context_lens, np.int32)),

@@ -177,5 +177,6 @@ class KVCache:
                 name, number = segment.key
                 digest.update(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
             if shift.any():
-                digest.update(shift.tobytes())
+                # In one type, because positions further on decide whether those of a prompt are whole numbers.
+                digest.update(shift.astype(np.float64).tobytes())
             request.block_hashes.append(digest.digest())

@@ -48,15 +48,16 @@ class Start(msgspec.Struct, tag="start"):
 
 
 class AddRequest(msgspec.Struct, tag="add"):
-    """Answer this prompt; ``positions`` is int32 (3, num_tokens) in C order, or empty."""
+    """Answer this prompt; ``positions`` is (3, num_tokens) of ``positions_dtype`` in C order, or empty."""
 
     request_id: str
     token_ids: list[int]
     positions: bytes
-    position_delta: int
+    position_delta: int | float
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
     features: list[Feature]
+    positions_dtype: Literal["int32", "float32"] = "int32"
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -139,9 +140,11 @@ def add_request(
         )
         for feature in prompt.features
     ]
-    positions = b"" if prompt.positions is None else np.ascontiguousarray(prompt.positions, np.int32).tobytes()
+    has_fractions = prompt.positions is not None and np.issubdtype(prompt.positions.dtype, np.floating)
+    dtype = "float32" if has_fractions else "int32"
+    positions = b"" if prompt.positions is None else np.ascontiguousarray(prompt.positions, dtype).tobytes()
     message = AddRequest(
-        request_id, prompt.token_ids, positions, prompt.position_delta, params, stop_token_ids, features
+        request_id, prompt.token_ids, positions, prompt.position_delta, params, stop_token_ids, features, dtype
     )
     return message, [feature.patches.fd for feature in prompt.features]
 
@@ -170,7 +173,7 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
             )
     finally:
         close_all(owned)
-    positions = np.frombuffer(message.positions, np.int32).reshape(3, -1) if message.positions else None
+    positions = np.frombuffer(message.positions, message.positions_dtype).reshape(3, -1) if message.positions else None
     return ProcessedPrompt(message.token_ids, tuple(features), positions, message.position_delta)
 
 

@@ -77,9 +77,14 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
     def positions_between(self, start: int, end: int) -> np.ndarray:
-        """int64 (3, end - start): from the prompt's table; beyond it, and without one, the index plus the prompt's delta."""
+        """(3, end - start): from the prompt's table; beyond it, and without one, the index plus the prompt's delta.
+
+        int64, or float32 where the prompt's are.
+        """
         positions = np.tile(np.arange(start, end) + self.prompt.position_delta, (3, 1))
         table = self.prompt.positions
+        if table is not None and np.issubdtype(table.dtype, np.floating):
+            positions = positions.astype(np.float32)
         num_from_table = min(end, self.num_prompt_tokens) - start
         if table is not None and num_from_table > 0:
             positions[:, :num_from_table] = table[:, start : start + num_from_table]

@@ -35,7 +35,7 @@ class Batch:
     token_ids: torch.Tensor
     """int64 (N,); rows covered by a placement hold the placeholder id and are not embedded."""
     positions: torch.Tensor
-    """int64 (3, N): temporal, height, width; three equal rows for text."""
+    """int64 (3, N), float32 if some are no whole numbers: temporal, height, width; three equal rows for text."""
     slot_mapping: torch.Tensor
     """int64 (N,): block_id * block_size + offset that each token's K and V are written to."""
     cu_seqlens_q: torch.Tensor

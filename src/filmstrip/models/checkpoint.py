@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from filmstrip.config import EngineConfig
 from filmstrip.errors import ModelLoadError
 from filmstrip.models.devices import DTYPES, resolve_device, resolve_dtype
-from filmstrip.models.registry import find_architecture
+from filmstrip.models.registry import find_architecture, served_fields
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
         _check_directory(Path(model))
     fields = _read_config(model, config.revision)
     architecture = find_architecture(fields.get("architectures") or [], config.model)
+    fields = served_fields(architecture, fields)
     if "quantization_config" in fields:
         method = fields["quantization_config"].get("quant_method", "unnamed")
         raise ModelLoadError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filmstrip.errors import ModelLoadError
@@ -33,6 +33,8 @@ _MODEL_CLASSES = {
     "Qwen3ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen3MoeForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen3NextForCausalLM": "filmstrip.models.qwen3_5:Qwen3NextModel",
+    "Qwen3OmniMoeForConditionalGeneration": "filmstrip.models.qwen3_omni:Qwen3OmniModel",
+    "Qwen3OmniMoeThinkerForConditionalGeneration": "filmstrip.models.qwen3_omni:Qwen3OmniModel",
     "Qwen3VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen3VLMoeForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen3_5ForCausalLM": "filmstrip.models.qwen3_5:HybridTextModel",
@@ -41,6 +43,9 @@ _MODEL_CLASSES = {
     "Qwen3_5MoeForConditionalGeneration": "filmstrip.models.qwen3_5:Qwen35Model",
 }
 """Checkpoint architecture (``architectures`` of its config.json) -> module and class that serve it."""
+
+_SERVED_PARTS = {"Qwen3OmniMoeForConditionalGeneration": "thinker_config"}
+"""Architectures made of several models -> the field of config.json that describes the one that is served."""
 
 _FIRST_RELEASES = {
     "MultiModalityCausalLM": "deepseek-community/deepseek-vl-1.3b-chat and deepseek-community/deepseek-vl-7b-chat",
@@ -87,6 +92,11 @@ def check_release(architectures: Sequence[str], model: str) -> None:
                 f"Transformers' format is, as in {_FIRST_RELEASES[architecture]}",
                 param="model",
             )
+
+
+def served_fields(architecture: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a config.json with these ``fields``, those that describe the served model; what they leave out is the whole's."""
+    return {**fields, **fields.get(_SERVED_PARTS.get(architecture, ""), {})}
 
 
 def model_class(architecture: str) -> Any:

@@ -26,13 +26,15 @@ from filmstrip.types import (
 class PlannedMedia:
     """One media item between planning and decoding; ``timestamps`` are seconds, one per frame of the plan.
 
-    ``seconds_per_frame`` is a video's: the length of what is shown over the number of frames that show it.
+    ``seconds_per_frame`` is a video's: the length of what is shown over the number of frames that show it. ``sampling``
+    is what was asked of its frames; None if the client picked them.
     """
 
     modality: Modality
     shown: FramePlan | SeriesPlan
     timestamps: tuple[float, ...] = ()
     seconds_per_frame: float = 0.0
+    sampling: FrameSampling | None = None
 
     @property
     def plan(self) -> FramePlan:
@@ -96,8 +98,8 @@ class Processor(Protocol):
         """
         ...
 
-    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, int]:
-        """M-RoPE positions (3, num_tokens) and the delta for generated tokens; (None, 0) where the model uses none."""
+    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, float]:
+        """M-RoPE positions, int32 or float32 (3, num_tokens), and generated tokens' delta; (None, 0) if there are none."""
         ...
 
 

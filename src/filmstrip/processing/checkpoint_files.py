@@ -50,6 +50,11 @@ class CheckpointFiles:
             raise ModelLoadError(f"{name} of {self.model!r} must hold a JSON object", param="model")
         return value
 
+    def model_config(self) -> dict[str, Any]:
+        """The fields of ``config.json`` that describe the model; of one made of several, those of the one that answers."""
+        config = self.json("config.json")
+        return config.get("thinker_config") or config
+
     def processor_section(self, section: str, legacy_name: str) -> dict[str, Any]:
         """A preprocessor's settings: its own file, or its section of ``processor_config.json`` (Transformers 5)."""
         return self.json(legacy_name) or self.json("processor_config.json").get(section, {})

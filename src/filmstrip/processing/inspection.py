@@ -173,7 +173,7 @@ class _QwenControlTokens:
 
 
 def _context_tokens(files: CheckpointFiles) -> int:
-    config = files.json("config.json")
+    config = files.model_config()
     tokens = config.get("text_config", config).get("max_position_embeddings")
     if not isinstance(tokens, int):
         raise ModelLoadError(f"config.json of {files.model!r} has no max_position_embeddings", param="model")

@@ -181,7 +181,8 @@ class MediaPipeline:
             error.param = error.param or item.param
             raise
         times = _timestamps(metadata, plan.frame_indices)
-        return PlannedMedia(Modality.VIDEO, plan, times, _seconds_per_frame(metadata, item, plan))
+        sampling = None if is_presampled(item) else item.sampling
+        return PlannedMedia(Modality.VIDEO, plan, times, _seconds_per_frame(metadata, item, plan), sampling)
 
     async def read(self, planned: PlannedItem) -> ProcessedMedia:
         """Pixels of a planned item, whose open file it takes over. Requests for the same pixels share one decode."""

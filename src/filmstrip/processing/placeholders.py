@@ -17,14 +17,14 @@ from filmstrip.types import PlaceholderRange
 class Placeholder:
     """One media segment in the prompt: ``height * width`` tokens of ``token_id`` for item number ``item``.
 
-    ``time`` is its place on the temporal axis, counted from where its item begins.
+    ``time`` is its place on the temporal axis, counted from where its item begins; it may lie between two tokens' places.
     """
 
     item: int
     token_id: int
     height: int
     width: int
-    time: int = 0
+    time: float = 0
 
     @property
     def length(self) -> int:
@@ -74,7 +74,7 @@ def assemble(pieces: Sequence[Piece], encode_text: Callable[[str], list[int]]) -
 
 def mrope_positions(
     num_tokens: int, placed: Sequence[tuple[int, Placeholder]], *, beyond_time: bool = False
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, float]:
     """Multimodal rotary positions of a whole prompt.
 
     Text advances all three axes (temporal, height, width) by one per token. A segment of h x w tokens has the same temporal
@@ -84,26 +84,29 @@ def mrope_positions(
     the text behind the last goes on as if they were one (``Qwen2_5_VLModel.get_rope_index``), be their times later or not;
     with ``beyond_time`` it goes on behind whatever of them reaches furthest, times included.
 
-    Returns int32 (3, num_tokens), and the delta by which generated tokens' positions differ from their index: they go on
-    behind the prompt's last, as the text of a next turn would (Transformers' ``generate``).
+    Returns int32 (3, num_tokens), or float32 where some time lies between two places, and the delta by which generated
+    tokens' positions differ from their index: they go on behind the prompt's last, as the text of a next turn would
+    (Transformers' ``generate``).
     """
-    positions = np.empty((3, num_tokens), np.int32)
-    index = current = extent = 0
+    dtype = np.int32 if all(float(placeholder.time).is_integer() for _, placeholder in placed) else np.float32
+    positions = np.empty((3, num_tokens), dtype)
+    index = begin = 0
+    current, extent = dtype(0), 0
     for number, (offset, placeholder) in enumerate(placed):
-        positions[:, index:offset] = np.arange(current, current + offset - index)
-        current += offset - index
+        positions[:, index:offset] = current + np.arange(offset - index)
+        current += dtype(offset - index)
         index = offset + placeholder.length
         rows, columns = np.divmod(np.arange(placeholder.length), placeholder.width)
         positions[0, offset:index] = current + placeholder.time
         positions[1, offset:index] = current + rows
         positions[2, offset:index] = current + columns
-        extent = max(extent, placeholder.height, placeholder.width, placeholder.time + 1 if beyond_time else 0)
+        extent = max(extent, placeholder.height, placeholder.width)
         if number + 1 == len(placed) or not _is_next(placeholder, index, placed[number + 1]):
-            current += extent
-            extent = 0
-    positions[:, index:] = np.arange(current, current + num_tokens - index)
-    current += num_tokens - index
-    return positions, current - num_tokens
+            current = positions[:, begin:index].max() + dtype(1) if beyond_time else current + dtype(extent)
+            begin, extent = index, 0
+    positions[:, index:] = current + np.arange(num_tokens - index)
+    current += dtype(num_tokens - index)
+    return positions, (current - dtype(num_tokens)).item()
 
 
 def _is_next(placeholder: Placeholder, end: int, following: tuple[int, Placeholder]) -> bool:

@@ -48,7 +48,7 @@ _VIDEO_DEFAULTS: dict[str, Any] = {
 }
 _TOKENS_PER_SECOND = 4
 """Default of ``tokens_per_second`` in ``Qwen2_5_VLVisionConfig``."""
-_MAX_PLACE = 2**24
+MAX_PLACE = 2**24
 """Beyond, float32 does not tell one place from the next."""
 
 
@@ -65,7 +65,7 @@ class Qwen2VLProcessor(Qwen3VLProcessor):
         self._beyond_time = not self._nested
         self._nested = True  # the start and the end around a video are its only ones, in every form
 
-    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, int]:
+    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, float]:
         """Three-axis positions of the whole prompt."""
         return mrope_positions(len(assembled.token_ids), assembled.placed, beyond_time=self._beyond_time)
 
@@ -92,7 +92,7 @@ class Qwen2VLProcessor(Qwen3VLProcessor):
         for time in times:
             yield Placeholder(item, self._video_pad, height // merge, width // merge, time)
 
-    def _group_times(self, media: PlannedMedia) -> Sequence[int]:
+    def _group_times(self, media: PlannedMedia) -> Sequence[float]:
         """Places of a video's temporal groups on the temporal axis, counted from the first."""
         return range(media.plan.grid_thw[0])
 
@@ -114,10 +114,10 @@ class Qwen25VLProcessor(Qwen2VLProcessor):
         seconds_per_group = np.float32(media.plan.layout.temporal_patch_size * media.seconds_per_frame)
         places_per_group = np.float32(self._tokens_per_second) * seconds_per_group
         places = np.arange(num_groups, dtype=np.float32) * places_per_group
-        if places[-1] > _MAX_PLACE:
+        if places[-1] > MAX_PLACE:
             raise InvalidRequestError(
                 f"the video's frames are {media.seconds_per_frame:g} seconds apart, and this model counts time up to "
-                f"{_MAX_PLACE / self._tokens_per_second:g} seconds; say shorter times (timestamps, fps)",
+                f"{MAX_PLACE / self._tokens_per_second:g} seconds; say shorter times (timestamps, fps)",
                 param="messages",
             )
         return places.astype(np.int64).tolist()

@@ -71,7 +71,7 @@ class Qwen3VLProcessor:
         self, tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
     ) -> None:
         """Read the checkpoint's preprocessor files; ModelLoadError if they or the control tokens do not fit."""
-        model_config = files.json("config.json")
+        model_config = files.model_config()
         image_file = files.processor_section("image_processor", "preprocessor_config.json")
         # As in Transformers: without a file of their own, videos are shown by the settings for images.
         video_file = files.processor_section("video_processor", "video_preprocessor_config.json") or image_file
@@ -133,7 +133,7 @@ class Qwen3VLProcessor:
             )
         return expanded
 
-    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, int]:
+    def positions(self, assembled: Assembled) -> tuple[np.ndarray | None, float]:
         """Three-axis positions of the whole prompt."""
         return mrope_positions(len(assembled.token_ids), assembled.placed)
 

@@ -39,6 +39,8 @@ _PROCESSORS = {
     "Qwen3ForCausalLM": _TEXT,
     "Qwen3MoeForCausalLM": _TEXT,
     "Qwen3NextForCausalLM": _TEXT,
+    "Qwen3OmniMoeForConditionalGeneration": ("filmstrip.processing.qwen3_omni", "Qwen3OmniProcessor"),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": ("filmstrip.processing.qwen3_omni", "Qwen3OmniProcessor"),
     "Qwen3_5ForCausalLM": _TEXT,
     "Qwen3_5MoeForCausalLM": _TEXT,
     "Qwen3VLForConditionalGeneration": ("filmstrip.processing.qwen3_vl", "Qwen3VLProcessor"),
