@@ -176,6 +176,9 @@ class View:
     The frame is resized to ``resized_height`` x ``resized_width`` and its upper left corner laid at (``top``, ``left``),
     which may be negative: what sticks out is cut off. The rest of the canvas has the colour ``fill``, 0 to 255 in all
     channels or in each. With ``of_previous`` the canvas of the view before this one stands in for the frame.
+
+    ``tiles`` are the rows and columns of equal tiles that the canvas is divided into where the model sees each tile for
+    itself: each is a segment, and its patches lie together. None where it sees all views of a frame together.
     """
 
     height: int
@@ -186,6 +189,7 @@ class View:
     left: int = 0
     fill: int | tuple[int, int, int] = 0
     of_previous: bool = False
+    tiles: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,19 @@ class FramePlan:
         """Rows of the patch matrix for one frame, or one temporal group of them."""
         size = self.layout.patch_size
         return sum((view.height // size) * (view.width // size) for view in self.frame_views)
+
+    @property
+    def segment_grids(self) -> tuple[tuple[int, int], ...]:
+        """Patch grid (height, width) of each segment, frame by frame, where views have tiles; else empty."""
+        size = self.layout.patch_size
+        frame = [
+            (view.height // rows // size, view.width // columns // size)
+            for view in self.views
+            if view.tiles
+            for rows, columns in [view.tiles]
+            for _ in range(rows * columns)
+        ]
+        return tuple(frame * self.grid_thw[0])
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -289,8 +306,9 @@ class MediaFeature:
 
     ``patches`` holds uint8 pixels in patch layout, (t*h*w, 3*tps*ps*ps); the model normalises them. ``segments`` has one
     range per independently encodable piece, in order: for a Qwen3-VL video one per temporal group (``grid_thw[0]`` of
-    them), for an image one. All segments of an item have the same number of patch rows. ``source_size`` is (height, width)
-    before resizing, which families with padded tiles need.
+    them), for an image one. All segments of an item have the same number of patch rows, unless ``segment_grids`` says the
+    patch grid (height, width) of each. ``source_size`` is (height, width) before resizing, which families with padded tiles
+    need.
 
     Of a time series ``patches`` are float32 samples (num_samples, num_channels), normalised already (``normalization`` is
     None) and in one segment; ``hop`` is how many samples lie between the beginnings of its windows.
@@ -304,6 +322,7 @@ class MediaFeature:
     segments: tuple[PlaceholderRange, ...]
     source_size: tuple[int, int] = (0, 0)
     hop: int = 0
+    segment_grids: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

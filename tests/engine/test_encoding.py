@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from filmstrip.shared_tensor import SharedTensor
+from filmstrip.types import PlaceholderRange
 from tests.engine.helpers import alone, greedy, make_engine, run, step
 from tests.fakes import FakeModel, feature, prompt
 
@@ -92,3 +94,42 @@ def test_nothing_is_encoded_while_answering():
     each = prompt(12, feature(0, content=87))
     run(engine, {"a": each}, greedy(20))
     assert engine.model.calls == [(9, 3)]
+
+
+GRIDS = ((2, 2), (1, 3), (2, 1))
+RANGES = (PlaceholderRange(2, 4), PlaceholderRange(7, 3), PlaceholderRange(10, 2))
+
+
+def tiles():
+    """A media item whose segments have 4, 3 and 2 patch rows."""
+    return dataclasses.replace(feature(0, num_segments=1, length=9, content=88), segments=RANGES, segment_grids=GRIDS)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 4, 512])
+def test_segments_of_different_sizes(max_num_batched_tokens):
+    """They are seen as if each were an item of its own."""
+    whole, apart, start = tiles(), [], 0
+    for number, (grid, place) in enumerate(zip(GRIDS, RANGES, strict=True)):
+        rows = SharedTensor.create((place.length, whole.patches.shape[1]))
+        rows.array[:] = whole.patches.array[start : start + place.length]
+        apart.append(
+            dataclasses.replace(
+                whole, patches=rows, grid_thw=(1, *grid), segments=(place,), segment_grids=(), media_hash=str(number)
+            )
+        )
+        start += place.length
+    one, many = prompt(20, whole, seed=18), prompt(20, *apart, seed=18)
+    engine = make_engine(max_num_batched_tokens=max_num_batched_tokens)
+    assert run(engine, {"a": one})["a"] == alone(many)
+
+
+@pytest.mark.parametrize(("bound", "calls"), [(1, [4, 3, 2]), (6, [4, 5]), (7, [7, 2]), (9, [9])])
+def test_segments_of_different_sizes_in_bounded_pieces(monkeypatch, bound, calls):
+    monkeypatch.setattr("filmstrip.engine.model_runner.MAX_PATCHES_PER_ENCODE", bound)
+    each = prompt(20, tiles(), seed=18)
+    engine = make_engine(model=CountingModel(), prefix=False)
+    assert run(engine, {"a": each})["a"] == alone(each)
+    assert [num_rows for num_rows, _ in engine.model.calls] == calls
+    forget(engine, tiles(), 1)
+    assert run(engine, {"again": each})["again"] == alone(each)
+    assert engine.model.calls[len(calls) :] == [(3, 1)]

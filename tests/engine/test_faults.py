@@ -84,6 +84,14 @@ def test_the_context_ends_an_answer():
             ValueError,
             "patch rows",
         ),
+        *(
+            (
+                dataclasses.replace(TEXT, features=(dataclasses.replace(feature(3), segment_grids=grids),)),
+                ValueError,
+                "9 patch rows are not 3 segments with the grids",
+            )
+            for grids in (((1, 3), (3, 1)), ((1, 3), (2, 2), (1, 3)), ((0, 3), (3, 2), (3, 1)))
+        ),
     ],
 )
 def test_prompts_that_contradict_themselves_are_refused(bad, error, match):

@@ -1,5 +1,6 @@
 """Frames over a real Unix socket: values and pixels arrive as they were sent, and lost descriptors lose nothing else."""
 
+import dataclasses
 import gc
 import os
 import resource
@@ -40,7 +41,8 @@ def send(connection, message, descriptors=()):
 
 def test_a_prompt_arrives_as_it_was_sent(connections):
     left, right = connections
-    sent = prompt(60, feature(5, num_segments=6, length=4), feature(40, content=2, modality="image"), seed=3)
+    picture = dataclasses.replace(feature(40, content=2, modality="image"), segment_grids=((1, 3), (3, 1), (1, 3)))
+    sent = prompt(60, feature(5, num_segments=6, length=4), picture, seed=3)
     params = SamplingParams(max_tokens=5, temperature=0.5, stop_token_ids=(3, 4), seed=9)
     send(left, *messages.add_request("a", sent, params, (1, 2)))
     payload, descriptors = channel.FrameReader(right).read()

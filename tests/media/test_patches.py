@@ -131,6 +131,23 @@ def test_views_of_a_frame_follow_each_other():
         np.testing.assert_array_equal(rows, np.stack(tiles))
 
 
+def test_tiles_of_a_view_follow_each_other():
+    """Each is laid out as if it were a frame, whatever patches are merged; its grid is a segment's."""
+    views = (View(16, 32, 16, 32, tiles=(1, 1)), View(48, 32, 48, 32, tiles=(3, 2)))
+    plan = FramePlan((0, 1), 48, 32, PatchLayout(4, 1, 2), views, num_embeddings=64)
+    assert plan.segment_grids == ((4, 8), *[(4, 4)] * 6) * 2
+    rng = np.random.default_rng(5)
+    frames = [rng.integers(0, 256, (48, 32, 3), np.uint8) for _ in range(2)]
+    rows = iter(write_patches(lambda index: frames[index], plan, 1).torch().split([32, *[16] * 6] * 2))
+    for frame in frames:
+        whole = resize_frame(frame, 16, 32).numpy()
+        slices = [frame[y : y + 16, x : x + 16] for y in (0, 16, 32) for x in (0, 16)]
+        for tile in (whole, *slices):
+            alone = FramePlan((0,), tile.shape[0], tile.shape[1], plan.layout)
+            assert torch.equal(next(rows), reference([tile.copy()], alone))
+    assert FramePlan((0,), 48, 32, plan.layout, (View(48, 32, 48, 32),)).segment_grids == ()
+
+
 def test_each_frame_touches_only_its_own_place():
     plan = FramePlan(tuple(range(6)), 32, 64, PatchLayout(16, 2, 2))
     output = torch.full(plan.patches_shape, 7, dtype=torch.uint8)

@@ -257,8 +257,12 @@ def _check_prompt(prompt: ProcessedPrompt, vocab_size: int) -> None:
         end = segment.end
         is_text[segment.offset : end] = False
     for feature in prompt.features:
-        if not feature.segments or feature.patches.shape[0] % len(feature.segments):
-            raise ValueError(f"{feature.patches.shape[0]} patch rows are not {len(feature.segments)} equal segments")
+        num_rows, num_segments, grids = feature.patches.shape[0], len(feature.segments), feature.segment_grids
+        if grids:
+            if len(grids) != num_segments or min(map(min, grids)) < 1 or sum(h * w for h, w in grids) != num_rows:
+                raise ValueError(f"{num_rows} patch rows are not {num_segments} segments with the grids {grids!r:.200}")
+        elif not num_segments or num_rows % num_segments:
+            raise ValueError(f"{num_rows} patch rows are not {num_segments} equal segments")
     if prompt.positions is not None and prompt.positions.shape != (3, len(token_ids)):
         raise ValueError(f"positions have shape {prompt.positions.shape}, not (3, {len(token_ids)})")
     wrong = is_text & ((token_ids < 0) | (token_ids >= vocab_size))

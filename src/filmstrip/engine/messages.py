@@ -39,6 +39,7 @@ class Feature(msgspec.Struct):
     source_size: tuple[int, int]
     hop: int
     dtype: Literal["uint8", "float32"]
+    segment_grids: tuple[tuple[int, int], ...]
 
 
 class Start(msgspec.Struct, tag="start"):
@@ -137,6 +138,7 @@ def add_request(
             feature.source_size,
             feature.hop,
             "float32" if feature.modality is Modality.TIME_SERIES else "uint8",
+            feature.segment_grids,
         )
         for feature in prompt.features
     ]
@@ -169,6 +171,7 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
                     segments,
                     feature.source_size,
                     feature.hop,
+                    feature.segment_grids,
                 )
             )
     finally:

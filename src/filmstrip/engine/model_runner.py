@@ -72,12 +72,11 @@ def _runs(segments: list[Segment]) -> list[list[Segment]]:
     runs: list[list[Segment]] = []
     for segment in segments:
         last = runs[-1] if runs else None
-        rows = _rows_per_segment(segment)
         if (
             last is not None
             and last[-1].feature is segment.feature
             and last[-1].index + 1 == segment.index
-            and (len(last) + 1) * rows <= MAX_PATCHES_PER_ENCODE
+            and segment.first_row + segment.num_rows - last[0].first_row <= MAX_PATCHES_PER_ENCODE
         ):
             last.append(segment)
         else:
@@ -87,23 +86,22 @@ def _runs(segments: list[Segment]) -> list[list[Segment]]:
 
 def _encoder_input(run: list[Segment]) -> EncoderInput:
     feature = run[0].feature
-    rows = _rows_per_segment(run[0])
+    patches = feature.patches.torch()[run[0].first_row : run[-1].first_row + run[-1].num_rows]
+    segment_grids = feature.segment_grids[run[0].index : run[-1].index + 1]
     frames, height, width = feature.grid_thw
-    if frames % len(feature.segments) == 0:
+    if segment_grids:
+        grid_thw = (1, len(patches), 1)
+    elif frames % len(feature.segments) == 0:
         grid_thw = (frames // len(feature.segments) * len(run), height, width)
-    else:  # segments are parts of a picture
+    else:  # segments are equal parts of a picture
         grid_thw = (frames, height * len(run) // len(feature.segments), width)
-    first, last = run[0].index, run[-1].index + 1
     return EncoderInput(
         modality=feature.modality,
-        patches=feature.patches.torch()[first * rows : last * rows],
+        patches=patches,
         grid_thw=grid_thw,
         normalization=feature.normalization,
         num_segments=len(run),
         source_size=feature.source_size,
         hop=feature.hop,
+        segment_grids=segment_grids,
     )
-
-
-def _rows_per_segment(segment: Segment) -> int:
-    return segment.feature.patches.shape[0] // len(segment.feature.segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from dataclasses import dataclass, field
 
@@ -18,6 +19,9 @@ class Segment:
     feature: MediaFeature
     index: int
     range: PlaceholderRange
+    first_row: int
+    """Where its patches begin among the item's."""
+    num_rows: int
 
     @property
     def key(self) -> tuple[str, int]:
@@ -53,9 +57,9 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
         segments = [
-            Segment(feature, index, placed)
+            Segment(feature, index, placed, first_row, num_rows)
             for feature in self.prompt.features
-            for index, placed in enumerate(feature.segments)
+            for index, (placed, (first_row, num_rows)) in enumerate(zip(feature.segments, _rows(feature), strict=True))
         ]
         self.segments = sorted(segments, key=lambda segment: segment.range.offset)
         self._offsets = [segment.range.offset for segment in self.segments]
@@ -107,3 +111,10 @@ class Request:
         if (limit is not None and self.num_output_tokens >= limit) or len(self.token_ids) >= max_model_len:
             return "length", None
         return None, None
+
+
+def _rows(feature: MediaFeature) -> list[tuple[int, int]]:
+    """First row and number of rows of each segment's patches."""
+    equal = [feature.patches.shape[0] // len(feature.segments)] * len(feature.segments)
+    counts = [height * width for height, width in feature.segment_grids] or equal
+    return list(zip(itertools.accumulate(counts, initial=0), counts, strict=False))

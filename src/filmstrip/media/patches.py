@@ -56,7 +56,7 @@ class PatchWriter:
 
     The layout is the reference's (``Qwen3VLVideoProcessor.patchify``): rows run over temporal group, merge block row and
     column, row and column inside the block; columns over channel, frame in the group, patch row, patch column. Several views
-    of a frame follow each other inside its group.
+    of a frame follow each other inside its group, and so do the tiles of a view.
     """
 
     def __init__(self, plan: FramePlan, output: torch.Tensor) -> None:
@@ -70,7 +70,9 @@ class PatchWriter:
         for view in plan.frame_views:
             rows, columns = view.height // size, view.width // size
             part = groups[:, first : first + rows * columns]
-            blocks = part.unflatten(1, (rows // merge, columns // merge, merge, merge))
+            tile_rows, tile_columns = view.tiles or (1, 1)
+            tile_blocks = (rows // tile_rows // merge, columns // tile_columns // merge)
+            blocks = part.unflatten(1, (tile_rows, tile_columns, *tile_blocks, merge, merge))
             self._targets.append((view, blocks.numpy()))
             first += rows * columns
 
@@ -82,13 +84,14 @@ class PatchWriter:
         is_last = position == len(plan.frame_indices) - 1
         canvas = rgb
         for view, target in self._targets:
-            shape = (view.height // size // merge, merge, size, view.width // size // merge, merge, size, 3)
+            tile_rows, tile_columns, rows, columns = target.shape[1:5]
+            shape = (tile_rows, rows, merge, size, tile_columns, columns, merge, size, 3)
             canvas = draw_view(canvas if view.of_previous else rgb, view, plan.resample)
-            patches = canvas.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)
+            patches = canvas.reshape(shape).transpose(0, 4, 1, 5, 2, 6, 8, 3, 7)
             for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
                 # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from
                 # that for the whole process only.
-                np.copyto(target[group, :, :, :, :, :, each], patches)
+                np.copyto(target[group, ..., each, :, :], patches)
 
 
 def write_patches(

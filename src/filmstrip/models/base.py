@@ -38,7 +38,8 @@ class EncoderInput:
     """Consecutive segments of one media item, to be encoded in one go.
 
     ``patches`` is uint8 (num_segments * rows_per_segment, 3*tps*ps*ps) on the host; ``grid_thw`` is the grid of just these
-    patches. ``source_size`` is the item's (height, width) before resizing.
+    patches. ``source_size`` is the item's (height, width) before resizing. Where segments differ in size ``segment_grids``
+    is the patch grid (height, width) of each of these segments, and ``grid_thw`` says no more than the number of rows.
 
     A time series is one segment: ``patches`` is its samples, float32 (num_samples, num_channels) and normalised already, and
     ``hop`` how many of them lie between the beginnings of its windows.
@@ -51,6 +52,7 @@ class EncoderInput:
     num_segments: int
     source_size: tuple[int, int] = (0, 0)
     hop: int = 0
+    segment_grids: tuple[tuple[int, int], ...] = ()
 
 
 class Model(Protocol):

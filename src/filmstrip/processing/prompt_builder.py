@@ -197,10 +197,16 @@ class PromptBuilder:
         if isinstance(item.metadata, TimeSeriesMetadata):
             hop = item.media.series.hop
             return MediaFeature(modality, item.patches, (1, 1, 1), None, item.media_hash, segments, hop=hop)
-        normalization = self._processor.normalization(modality)
-        source_size = (item.metadata.height, item.metadata.width)
+        plan = item.media.plan
         return MediaFeature(
-            modality, item.patches, item.media.plan.grid_thw, normalization, item.media_hash, segments, source_size
+            modality,
+            item.patches,
+            plan.grid_thw,
+            self._processor.normalization(modality),
+            item.media_hash,
+            segments,
+            source_size=(item.metadata.height, item.metadata.width),
+            segment_grids=plan.segment_grids,
         )
 
     def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:
