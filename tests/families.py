@@ -102,6 +102,7 @@ _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
 _GLM_V = "tests/parity/test_glm_v.py"
 _OMNI = "tests/parity/test_omni.py"
 _OMNI_TESTS = _RUN | {"prompts": f"{_OMNI}::test_prompts["}
+_MINICPM_V = "tests/parity/test_minicpm_v.py"
 _GLM = _RUN | {"prompts": f"{_GLM_V}::test_prompts["}
 
 FAMILIES = (
@@ -138,6 +139,11 @@ FAMILIES = (
     ),
     _with_tiles("InternVL3", "InternVLForConditionalGeneration", "internvl", video=True),
     _with_tiles("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", "llava_onevision", video=True),
+    _with_vision(
+        *("MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", _MINICPM_V, "minicpm_v"),
+        **_HYBRID,
+        prompts=f"{_MINICPM_V}::test_prompts[minicpm_v",
+    ),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
     _with_tiles("DeepSeek-VL", "DeepseekVLForConditionalGeneration", "deepseek_vl", video=False),
     _with_tiles("DeepSeek-VL hybrid", "DeepseekVLHybridForConditionalGeneration", "deepseek_vl_hybrid", video=False),

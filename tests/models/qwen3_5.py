@@ -65,7 +65,7 @@ def make_qwen3_5(path: Path, *, moe: bool = False, seed: int = 0) -> str:
     ids = tokenizer.get_vocab()
     config_class: Any = Qwen3_5MoeConfig if moe else Qwen3_5Config
     config = config_class(
-        text_config=_text_fields(tokenizer, moe=moe),
+        text_config=text_fields(tokenizer, moe=moe),
         vision_config=VISION,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -74,7 +74,7 @@ def make_qwen3_5(path: Path, *, moe: bool = False, seed: int = 0) -> str:
     )
     model_class: Any = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
     model = model_class(config)
-    _save(path, model, tokenizer, seed)
+    save(path, model, tokenizer, seed)
     write_processor_configs(
         path,
         config.vision_config,
@@ -89,16 +89,16 @@ def make_text_only(path: Path, architecture: str, *, seed: int = 0) -> str:
     """Write a random text-only checkpoint of ``architecture`` (Qwen3-Next, Qwen3.5 without vision) into ``path``."""
     tokenizer = build_tokenizer()
     config_class, model_class = _TEXT_CLASSES[architecture]
-    fields = _text_fields(tokenizer, moe=architecture != "Qwen3_5ForCausalLM")
+    fields = text_fields(tokenizer, moe=architecture != "Qwen3_5ForCausalLM")
     if architecture == "Qwen3NextForCausalLM":
         fields |= {"intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": True}
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.25}
-    _save(path, model_class(config_class(**fields)), tokenizer, seed)
+    save(path, model_class(config_class(**fields)), tokenizer, seed)
     _add_mtp_weights(path)
     return str(path)
 
 
-def _text_fields(tokenizer: PreTrainedTokenizerFast, *, moe: bool) -> dict[str, Any]:
+def text_fields(tokenizer: PreTrainedTokenizerFast, *, moe: bool) -> dict[str, Any]:
     """Small sizes, every mechanism in use: three DeltaNet layers of four, three unequal M-RoPE sections, partial rotary."""
     ids = tokenizer.get_vocab()
     fields: dict[str, Any] = {
@@ -126,7 +126,8 @@ def _text_fields(tokenizer: PreTrainedTokenizerFast, *, moe: bool) -> dict[str, 
     return fields | DELTA | (EXPERTS if moe else {"intermediate_size": 160})
 
 
-def _save(path: Path, model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+def save(path: Path, model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Write ``model``, whose text model has such fields, with random weights."""
     path.mkdir(parents=True, exist_ok=True)
     randomize_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +140,7 @@ def _save(path: Path, model: Any, tokenizer: PreTrainedTokenizerFast, seed: int)
             elif (
                 name.endswith(("norm.weight", "layernorm.weight"))
                 and "linear_attn" not in name
-                and "visual" not in name
+                and not name.startswith(("model.visual", "model.vision_tower", "model.merger"))
             ):
                 parameter.copy_(0.1 * noise)  # these are counted from 1
     model.generation_config = GenerationConfig(

@@ -26,6 +26,7 @@ _MODEL_CLASSES = {
     "LlavaForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
     "LlavaNextForConditionalGeneration": "filmstrip.models.vision_text:LlavaNextModel",
     "LlavaOnevisionForConditionalGeneration": "filmstrip.models.vision_text:LlavaOnevisionModel",
+    "MiniCPMV4_6ForConditionalGeneration": "filmstrip.models.minicpm_v:MiniCPMVModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",

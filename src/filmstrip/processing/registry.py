@@ -32,6 +32,7 @@ _PROCESSORS = {
     "LlavaForConditionalGeneration": ("filmstrip.processing.llava", "LlavaProcessor"),
     "LlavaNextForConditionalGeneration": ("filmstrip.processing.llava", "LlavaNextProcessor"),
     "LlavaOnevisionForConditionalGeneration": ("filmstrip.processing.llava", "LlavaOnevisionProcessor"),
+    "MiniCPMV4_6ForConditionalGeneration": ("filmstrip.processing.minicpm_v", "MiniCPMVProcessor"),
     "MistralForCausalLM": _TEXT,
     "Qwen2ForCausalLM": _TEXT,
     "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
