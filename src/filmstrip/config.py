@@ -90,7 +90,8 @@ class EngineConfig:
 
     ``max_num_batched_tokens`` bounds the tokens of one step, and so the time that answers under way wait for a new prompt.
     ``kv_cache_gb`` None means 40 % of the memory free after loading (on CUDA ``gpu_memory_utilization`` of the device, less
-    what is in use); ``encoder_cache_gb`` and ``state_cache_gb`` None mean 5 % each.
+    what is in use); ``encoder_cache_gb`` and ``state_cache_gb`` None mean 5 % each, ``encoder_cache_gb`` 15 % for models
+    that attend to pictures beside the prompt.
     """
 
     model: str
@@ -111,7 +112,7 @@ class EngineConfig:
     kv_cache_gb: float | None = None
     """Memory for keys and values, in GiB; 40 % of what is free on a CPU if not given."""
     encoder_cache_gb: float | None = None
-    """Memory for encoded images and videos, in GiB; 5 % of what is free if not given."""
+    """Memory for encoded images and videos, in GiB; if not given 5 % of what is free, 15 % if answers attend to them."""
     state_cache_gb: float | None = None
     """Memory for states of linear attention kept for prompts that begin alike, in GiB; 5 % of what is free if not given.
     Models without linear attention have none."""

@@ -238,10 +238,10 @@ class FramePlan:
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """Patch grid (temporal, height, width); with views (temporal, patches of a frame, 1)."""
+        """Patch grid (temporal, height, width); with several views of a frame (temporal, patches of a frame, 1)."""
         tps, ps = self.layout.temporal_patch_size, self.layout.patch_size
         num_groups = -(-len(self.frame_indices) // tps)
-        if self.views:
+        if len(self.views) > 1:
             return (num_groups, self.patches_per_frame, 1)
         return (num_groups, self.height // ps, self.width // ps)
 

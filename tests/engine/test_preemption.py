@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.kv_cache import KVCache
 from filmstrip.engine.request import Request
 from filmstrip.engine.scheduler import Scheduler
@@ -16,7 +17,9 @@ class Steps:
 
     def __init__(self, num_blocks, *, budget=64, max_num_seqs=8):
         self.cache = KVCache(num_blocks, 4, enable_prefix_caching=False)
-        self.scheduler = Scheduler(self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(
+            self.cache, EncoderCache(0), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        )
         self.num_added = 0
 
     def add(self, each):

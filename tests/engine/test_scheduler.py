@@ -15,7 +15,11 @@ from tests.fakes import feature, prompt
 def make_scheduler(*, num_blocks=64, max_num_seqs=8, budget=32, prefix=True, whole_segments=False):
     cache = KVCache(num_blocks, 4, enable_prefix_caching=prefix)
     scheduler = Scheduler(
-        cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, whole_segments=whole_segments
+        cache,
+        EncoderCache(0),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        whole_segments=whole_segments,
     )
     return scheduler, cache
 

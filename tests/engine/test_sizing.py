@@ -46,6 +46,15 @@ def test_given_sizes_are_used_in_full():
     assert limits.encoder_cache_bytes == GIB // 4
 
 
+def test_media_that_are_attended_to_get_more(caplog):
+    info = dataclasses.replace(INFO, cross_attention_bytes_per_segment=GIB)
+    assert decide_limits(EngineConfig("m"), info).encoder_cache_bytes == int(0.15 * 10 * GIB)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        decide_limits(EngineConfig("m", encoder_cache_gb=0.5, max_num_seqs=1, max_model_len=64), info)
+    assert "0.500 GiB does not hold one picture, which takes 1.000" in caplog.text
+
+
 def test_a_small_model_does_not_take_what_it_cannot_fill():
     limits = decide_limits(EngineConfig("m", max_num_seqs=2, max_model_len=160), INFO)
     assert limits.num_blocks == 4 * 2 * 10

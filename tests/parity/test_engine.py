@@ -33,6 +33,9 @@ class RecordingModel:
     def encode(self, items):
         return self.model.encode(items)
 
+    def seen_media(self, offsets, start, end):
+        return self.model.seen_media(offsets, start, end)
+
     def forward(self, batch):
         logits = self.model.forward(batch)
         self.rows += list(logits.clone())

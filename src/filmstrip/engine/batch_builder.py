@@ -9,7 +9,7 @@ import torch
 
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.request import Request
-from filmstrip.models.batch import Batch, EmbeddingPlacement
+from filmstrip.models.batch import AttendedMedia, Batch, EmbeddingPlacement
 
 
 def build_batch(
@@ -17,13 +17,14 @@ def build_batch(
 ) -> tuple[Batch, list[Request]]:
     """Pack the scheduled tokens, and name the requests whose logits the batch asks for, in row order.
 
-    A request is sampled when its chunk ends with its last token. Embeddings of all media segments in the chunks must be in
-    ``encoder_cache``, with as many rows as their ranges have tokens.
+    A request is sampled when its chunk ends with its last token. All media segments that the chunks see must be in
+    ``encoder_cache``; those that stand among the tokens with as many rows as their ranges have tokens.
     """
     token_ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
     placements: list[EmbeddingPlacement] = []
+    attended: list[list[AttendedMedia]] = []
     sampled: list[Request] = []
     logits_rows: list[int] = []
     row = 0
@@ -34,7 +35,10 @@ def build_batch(
         positions.append(request.positions_between(start, end))
         blocks = np.frombuffer(request.block_table, np.intc)
         slots.append(blocks[indices // block_size].astype(np.int64) * block_size + indices % block_size)
-        placements += _placements(request, start, end, row, encoder_cache)
+        if request.seen_media is None:
+            placements += _placements(request, start, end, row, encoder_cache)
+        else:
+            attended.append(_attended_media(request, start, end, encoder_cache))
         row += num_tokens
         if end == len(request.token_ids):
             sampled.append(request)
@@ -66,6 +70,7 @@ def build_batch(
         context_lens_list=context_lens,
         placements=placements,
         state_slots=tensor(np.asarray(states, np.int64)) if states else None,
+        attended_media=attended,
     )
     return batch, sampled
 
@@ -81,3 +86,11 @@ def _placements(
         rows = embeddings[first - offset : last - offset]
         placements.append(EmbeddingPlacement(row + first - start, rows, segment.range.end))
     return placements
+
+
+def _attended_media(request: Request, start: int, end: int, encoder_cache: EncoderCache) -> list[AttendedMedia]:
+    """What the chunk ``start:end`` attends to."""
+    return [
+        AttendedMedia(segment.range.offset, encoder_cache.get(segment.key), segment.feature.grid_thw)
+        for segment in request.segments_seen(start, end)
+    ]

@@ -17,7 +17,7 @@ from filmstrip.engine.sampler import SamplingState, sample
 from filmstrip.engine.scheduler import Scheduler
 from filmstrip.engine.state_pool import StatePool
 from filmstrip.errors import ContextLengthError, FilmstripError, InvalidRequestError
-from filmstrip.models.base import Model, RecurrentModel
+from filmstrip.models.base import CrossAttentionModel, Model, RecurrentModel, SeenMedia
 from filmstrip.types import FinishReason, ProcessedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,16 @@ class Engine:
             enable_prefix_caching=limits.enable_prefix_caching,
             states=_allocate_states(model, limits),
         )
+        encoder_cache = EncoderCache(limits.encoder_cache_bytes, model.info.cross_attention_bytes_per_segment)
         self.scheduler = Scheduler(
             self.cache,
+            encoder_cache,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             whole_segments=model.info.whole_segments,
         )
-        self.runner = ModelRunner(model, EncoderCache(limits.encoder_cache_bytes))
+        self.runner = ModelRunner(model, encoder_cache)
+        self._seen_media = _seen_media(model)
         self._requests: dict[str, Request] = {}
         self._sampling: dict[str, SamplingState] = {}
         self._num_arrived = 0
@@ -107,13 +110,24 @@ class Engine:
                 param="max_tokens",
             )
         _check_prompt(prompt, self.model.info.vocab_size)
-        self._num_arrived += 1
         ends = frozenset() if params.ignore_eos else frozenset(stop_token_ids)
-        request = Request(request_id, prompt, params, ends, self._num_arrived)
+        request = Request(request_id, prompt, params, ends, self._num_arrived + 1, self._seen_media)
+        self._check_media(request)
+        self._num_arrived += 1
         seed = self.limits.seed + self._num_arrived
         self._sampling[request_id] = SamplingState(params, prompt.token_ids, self.model.info.vocab_size, seed)
         self._requests[request_id] = request
         self.scheduler.add(request)
+
+    def _check_media(self, request: Request) -> None:
+        """Raise InvalidRequestError if the media that a request attends to never have room at the same time."""
+        needed = len(request.attended_keys) * self.model.info.cross_attention_bytes_per_segment
+        if needed > self.limits.encoder_cache_bytes:
+            raise InvalidRequestError(
+                f"the {len(request.attended_keys)} different media of the prompt need {needed} bytes while it is answered, "
+                f"but the encoder cache holds {self.limits.encoder_cache_bytes}: raise --encoder-cache-gb or send fewer",
+                param="messages",
+            )
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ids are ignored (it may just have ended)."""
@@ -174,6 +188,7 @@ class Engine:
         """Raise AssertionError unless every block and every state is accounted for (for tests)."""
         requests = self._requests.values()
         self.cache.pool.check_integrity([request.block_table for request in requests])
+        self.runner.encoder_cache.check_integrity(request.attended_keys for request in self.scheduler.running)
         if self.cache.states is not None:
             slots = [request.state_slot for request in requests if request.state_slot is not None]
             assert len(slots) == len(self.scheduler.running), "a running request has no state, or a waiting one has"
@@ -230,6 +245,13 @@ def _allocate_states(model: Model, limits: EngineLimits) -> StatePool | None:
     states = StatePool(limits.max_num_seqs, limits.num_state_checkpoints if limits.enable_prefix_caching else 0)
     cast(RecurrentModel, model).allocate_states(states.num_slots)
     return states
+
+
+def _seen_media(model: Model) -> SeenMedia | None:
+    """The model's rule if its tokens attend to media beside the prompt."""
+    if model.info.cross_attention_bytes_per_segment == 0:
+        return None
+    return cast(CrossAttentionModel, model).seen_media
 
 
 def _cause(error: Exception) -> str:

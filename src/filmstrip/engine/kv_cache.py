@@ -23,8 +23,9 @@ class KVCache:
     """Block tables over a :class:`BlockPool`, with a prefix cache of full blocks.
 
     A block's hash covers the hash before it (so, everything before it), its token ids, for each media segment that overlaps
-    it what the segment is and where it begins, and M-RoPE positions. Placeholder ids alone never identify content; nor do
-    pixels the positions: the same frames, said to be taken at other times, may stand at others.
+    it what the segment is and where it begins, for each that its tokens attend to what that is, and M-RoPE positions.
+    Placeholder ids alone never identify content; nor do pixels the positions: the same frames, said to be taken at other
+    times, may stand at others.
 
     With ``states`` every request that holds blocks also holds a slot of recurrent state, and cached blocks are worth
     nothing beyond the last of them whose state was kept.
@@ -176,6 +177,10 @@ class KVCache:
             for segment in request.segments_between(start, end):
                 name, number = segment.key
                 digest.update(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
+            if request.seen_media is not None:  # maybe far away, even behind this block
+                for segment in request.segments_seen(start, end):
+                    name, number = segment.key
+                    digest.update(f"|sees|{name}|{number}".encode())
             if shift.any():
                 # In one type, because positions further on decide whether those of a prompt are whole numbers.
                 digest.update(shift.astype(np.float64).tobytes())

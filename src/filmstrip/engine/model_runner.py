@@ -25,13 +25,13 @@ class ModelRunner:
         self.num_encoded_segments = 0
 
     def encode(self, request: Request, num_tokens: int) -> None:
-        """Make sure that the segments in the request's next ``num_tokens`` tokens are encoded, and pin them.
+        """Make sure that the segments that the request's next ``num_tokens`` tokens see are encoded, and pin them.
 
         Raises FilmstripError if the encoder's rows do not match a segment's tokens: found here it fails one request,
         found while the batch is built it would fail all.
         """
         start = request.num_computed_tokens
-        shown = request.segments_between(start, start + num_tokens)
+        shown = request.segments_seen(start, start + num_tokens)
         segments = {segment.key: segment for segment in shown}
         missing = [segments[key] for key in self.encoder_cache.pin(segments)]
         for run in _runs(missing):
@@ -39,6 +39,8 @@ class ModelRunner:
             self.num_encoded_segments += len(run)
             for segment, embeddings in zip(run, encoded, strict=True):
                 self.encoder_cache.put(segment.key, embeddings)
+        if request.seen_media is not None:
+            return  # what tokens attend to has no place among them that it must fit
         for segment in shown:
             num_rows = len(self.encoder_cache.get(segment.key))
             if num_rows != segment.range.length:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from filmstrip.models.base import SeenMedia
 from filmstrip.types import FinishReason, MediaFeature, PlaceholderRange, ProcessedPrompt, SamplingParams
 
 
@@ -34,7 +35,8 @@ class Request:
     """A request from arrival to its last token.
 
     ``token_ids`` grows from the prompt by every generated token. ``num_computed_tokens`` of them have K and V in
-    ``block_table``; preemption sets it to 0 and keeps the tokens.
+    ``block_table``; preemption sets it to 0 and keeps the tokens. ``seen_media`` is the model's, if tokens attend to media
+    beside the prompt.
     """
 
     request_id: str
@@ -42,6 +44,7 @@ class Request:
     params: SamplingParams
     stop_token_ids: frozenset[int]
     arrival: int
+    seen_media: SeenMedia | None = None
     token_ids: list[int] = field(init=False)
     block_table: array[int] = field(default_factory=lambda: array("i"))
     """Physical blocks in order; an array, so that a step copies it as memory and not number by number."""
@@ -53,6 +56,8 @@ class Request:
     """Prompt tokens that the prefix cache held when the request was first scheduled."""
     was_scheduled: bool = False
     segments: list[Segment] = field(init=False)
+    attended_keys: frozenset[tuple[str, int]] = field(init=False)
+    """Keys of the segments that tokens may attend to up to the last one generated; empty if media are among the tokens."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
@@ -64,6 +69,7 @@ class Request:
         self.segments = sorted(segments, key=lambda segment: segment.range.offset)
         self._offsets = [segment.range.offset for segment in self.segments]
         self._ends = [segment.range.end for segment in self.segments]
+        self.attended_keys = frozenset(segment.key for segment in self.segments if self.seen_media is not None)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -99,6 +105,13 @@ class Request:
         first = bisect.bisect_right(self._ends, start)
         last = bisect.bisect_left(self._offsets, end)
         return self.segments[first:last]
+
+    def segments_seen(self, start: int, end: int) -> list[Segment]:
+        """Media segments that must be at hand to compute tokens ``start`` to ``end``, in order."""
+        if self.seen_media is None:
+            return self.segments_between(start, end)
+        seen = self.seen_media(self._offsets, start, end)
+        return self.segments[seen.start : seen.stop]
 
     def finish_reason(self, max_model_len: int) -> tuple[FinishReason | None, int | None]:
         """Why the request ends with its newest token, and the stop token if one was asked for by id."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.kv_cache import KVCache
 from filmstrip.engine.request import Request
 
@@ -20,10 +21,16 @@ class Scheduler:
     blocks back, keeps its tokens and waits at the front."""
 
     def __init__(
-        self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, whole_segments: bool = False
+        self,
+        cache: KVCache,
+        encoder_cache: EncoderCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        whole_segments: bool = False,
     ) -> None:
         """``whole_segments``: media segments are never cut; one that is longer than the budget goes over it."""
-        self._cache, self._whole_segments = cache, whole_segments
+        self._cache, self._encoder_cache, self._whole_segments = cache, encoder_cache, whole_segments
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -37,6 +44,7 @@ class Scheduler:
         """Take a request out, wherever it is, and free its blocks."""
         if request in self.running:
             self.running.remove(request)
+            self._encoder_cache.let_go(request.attended_keys)
         else:
             self.waiting.remove(request)
         self._cache.free(request)
@@ -101,6 +109,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
         self.running.remove(request)
+        self._encoder_cache.let_go(request.attended_keys)
         self._cache.free(request)
         self.waiting.appendleft(request)
 
@@ -108,8 +117,11 @@ class Scheduler:
         """Start a waiting request if there is room for it; the tokens it got, 0 if it must go on waiting.
 
         Room means blocks for all of its tokens, not just for its first chunk, beside what the running requests are still
-        to get: otherwise long prompts would push each other out halfway.
+        to get: otherwise long prompts would push each other out halfway. It also means room for the media that its tokens
+        attend to until it ends.
         """
+        if not self._encoder_cache.can_hold(request.attended_keys):
+            return 0
         prefix = self._cache.find_prefix(request)
         num_prefix_tokens = len(prefix) * self._cache.block_size
         num_new = -(-len(request.token_ids) // self._cache.block_size) - len(prefix)
@@ -120,6 +132,7 @@ class Scheduler:
             return 0
         num_tokens = self._chunk(request, num_prefix_tokens, budget)
         self._cache.take_prefix(request, prefix)
+        self._encoder_cache.hold(request.attended_keys)
         if not request.was_scheduled:
             request.was_scheduled, request.num_cached_tokens = True, num_prefix_tokens
         self._cache.grow(request, num_tokens)

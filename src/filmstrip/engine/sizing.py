@@ -18,6 +18,8 @@ KV_CACHE_SHARE = 0.4
 """Share of a host's free memory for keys and values if no size is given."""
 ENCODER_CACHE_SHARE = 0.05
 """Share of free memory for encoded media if no size is given."""
+CROSS_ATTENTION_CACHE_SHARE = 0.15
+"""The same for models whose tokens attend to encoded media to the answer's end: all that running requests see is in it."""
 STATE_CACHE_SHARE = 0.05
 """Share of free memory for recurrent states kept beside those of running requests if no size is given."""
 MAX_RUNNING_STATES_SHARE = 0.5
@@ -39,7 +41,7 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
     _check(config, info)
     max_num_batched_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[info.device.type]
     free = _free_bytes(config, info, max_num_batched_tokens)
-    encoder_bytes = _bytes_of(config.encoder_cache_gb, ENCODER_CACHE_SHARE * free)
+    encoder_bytes = _size_encoder_cache(config, info, free)
     num_checkpoints, state_bytes = _size_states(config, info, free)
     kv_share = free - encoder_bytes - state_bytes if info.device.type == "cuda" else KV_CACHE_SHARE * free
     kv_bytes = _bytes_of(config.kv_cache_gb, kv_share)
@@ -79,6 +81,21 @@ def decide_limits(config: EngineConfig, info: ModelInfo) -> EngineLimits:
         seed=config.seed,
         num_state_checkpoints=num_checkpoints,
     )
+
+
+def _size_encoder_cache(config: EngineConfig, info: ModelInfo, free: int) -> int:
+    segment_bytes = info.cross_attention_bytes_per_segment
+    encoder_bytes = _bytes_of(
+        config.encoder_cache_gb, (CROSS_ATTENTION_CACHE_SHARE if segment_bytes else ENCODER_CACHE_SHARE) * free
+    )
+    if encoder_bytes < segment_bytes:
+        logger.warning(
+            "the encoder cache of %.3f GiB does not hold one picture, which takes %.3f: requests with pictures will be "
+            "refused (--encoder-cache-gb)",
+            encoder_bytes / GIB,
+            segment_bytes / GIB,
+        )
+    return encoder_bytes
 
 
 def _size_states(config: EngineConfig, info: ModelInfo, free: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,9 @@ import torch
 
 from filmstrip.models.batch import Batch
 from filmstrip.types import Modality, Normalization
+
+SeenMedia = Callable[[Sequence[int], int, int], range]
+"""Offsets of a request's media, first and last + 1 of some of its tokens -> which media those tokens see, all together."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class ModelInfo:
     """Recurrent state of one request over all layers, whatever its length; 0 if the model is no :class:`RecurrentModel`."""
     whole_segments: bool = False
     """Tokens of a media segment see each other both ways, so a step computes all of a segment or none of it."""
+    cross_attention_bytes_per_segment: int = 0
+    """What the encoder gives for a segment that tokens attend to; 0 if the model is no :class:`CrossAttentionModel`."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +91,21 @@ class RecurrentModel(Model, Protocol):
 
     def copy_state(self, source: int, target: int) -> None:
         """Copy the state in slot ``source`` to slot ``target``, for every layer."""
+        ...
+
+
+class CrossAttentionModel(Model, Protocol):
+    """A model whose media stand beside the prompt: tokens attend to them in layers made for that, to the answer's end.
+
+    :meth:`encode` gives one tensor for each segment, of any shape and ``info.cross_attention_bytes_per_segment`` bytes. In
+    the prompt an ordinary token stands for a segment, and a forward pass finds in ``batch.attended_media`` what its tokens
+    see.
+    """
+
+    def seen_media(self, offsets: Sequence[int], start: int, end: int) -> range:
+        """Which of a request's media its tokens ``start`` to ``end`` see, all of these tokens together.
+
+        ``offsets`` are where in the request the media's tokens stand, ascending. Tokens that see a medium behind themselves
+        are right only for this very set of media, which the prefix cache takes into account.
+        """
         ...

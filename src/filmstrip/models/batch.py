@@ -26,6 +26,18 @@ class EmbeddingPlacement:
 
 
 @dataclass
+class AttendedMedia:
+    """A media segment that tokens of a request attend to: ``encoded`` is what :meth:`Model.encode` returned for it.
+
+    ``offset`` is where in the request the token stands that shows it, ``grid_thw`` the item's patch grid.
+    """
+
+    offset: int
+    encoded: torch.Tensor
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass
 class Batch:
     """One packed forward pass over S requests and N tokens.
 
@@ -52,6 +64,9 @@ class Batch:
     placements: list[EmbeddingPlacement] = field(default_factory=list)
     state_slots: torch.Tensor | None = None
     """int64 (S,): where each request's recurrent state is, all different; None if the model has none."""
+    attended_media: list[list[AttendedMedia]] = field(default_factory=list)
+    """For each of S requests the media that its tokens in the batch see, by offset (:meth:`CrossAttentionModel.seen_media`);
+    empty for models that have media among their tokens."""
 
     @property
     def num_tokens(self) -> int:

@@ -38,6 +38,14 @@ def attend_dense(
     return output.flatten(0, 1).transpose(0, 1)
 
 
+def attend_all(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of n rows that see all L keys each; shapes as for :func:`attend_dense`."""
+    group = query.shape[1] // keys.shape[0]
+    rows = query.transpose(0, 1).unflatten(0, (-1, group))
+    keys, values = (tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
+    return F.scaled_dot_product_attention(rows, keys, values, scale=scaling).flatten(0, 1).transpose(0, 1)
+
+
 def _attend_within(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, bounds: Bounds
 ) -> torch.Tensor:

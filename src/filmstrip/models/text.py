@@ -66,14 +66,17 @@ class TextModel:
         return {"paged_step": self._attention.begin(batch)}
 
 
-def paged_text(config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int = 1) -> tuple[PagedAttention, ModelInfo]:
+def paged_text(
+    config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int = 1, num_layers: int | None = None
+) -> tuple[PagedAttention, ModelInfo]:
     """Attention for a text model with this Transformers ``config``, and what the engine plans with.
 
+    ``num_layers`` have K and V of their tokens; all if not given.
     Raises :class:`ModelLoadError` for a model that would be computed wrongly.
     """
     check_supported(config, checkpoint.architecture)
     shape = AttentionShape(
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers if num_layers is None else num_layers,
         num_query_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
