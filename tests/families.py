@@ -81,6 +81,18 @@ def _interns1_pro(*architectures: str) -> Family:
     return Family("InternS1-Pro", architectures, proofs, not_for=())
 
 
+def _mllama() -> Family:
+    file = "tests/parity/test_mllama.py"
+    seen = (f"{file}::test_alone", f"{file}::test_prompts")
+    proofs = dict.fromkeys(("text", "image"), seen) | {
+        "batch": (f"{file}::test_in_a_batch",),
+        "chunked": (f"{file}::test_chunked[",),
+        "prefix cache": (f"{file}::test_after_a_prefix_hit",),
+        "preemption": (f"{file}::test_after_preemption[",),
+    }
+    return Family("Mllama", ("MllamaForConditionalGeneration",), proofs, not_for=("time series", "video", "mixed"))
+
+
 def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
     proofs = {
         "text": (f"{file}::test_alone[{architecture}",),
@@ -149,6 +161,7 @@ FAMILIES = (
     _with_tiles("DeepSeek-VL hybrid", "DeepseekVLHybridForConditionalGeneration", "deepseek_vl_hybrid", video=False),
     _with_tiles("Gemma 3", "Gemma3ForConditionalGeneration", "gemma3", video=False),
     _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
+    _mllama(),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3-Next", "Qwen3NextForCausalLM", _NEXT, "test_from_a_kept_state"),

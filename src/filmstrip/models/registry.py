@@ -28,6 +28,7 @@ _MODEL_CLASSES = {
     "LlavaOnevisionForConditionalGeneration": "filmstrip.models.vision_text:LlavaOnevisionModel",
     "MiniCPMV4_6ForConditionalGeneration": "filmstrip.models.minicpm_v:MiniCPMVModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
+    "MllamaForConditionalGeneration": "filmstrip.models.mllama:MllamaModel",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen2_5_VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",

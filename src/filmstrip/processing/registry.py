@@ -34,6 +34,7 @@ _PROCESSORS = {
     "LlavaOnevisionForConditionalGeneration": ("filmstrip.processing.llava", "LlavaOnevisionProcessor"),
     "MiniCPMV4_6ForConditionalGeneration": ("filmstrip.processing.minicpm_v", "MiniCPMVProcessor"),
     "MistralForCausalLM": _TEXT,
+    "MllamaForConditionalGeneration": ("filmstrip.processing.mllama", "MllamaProcessor"),
     "Qwen2ForCausalLM": _TEXT,
     "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
     "Qwen2_5_VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen25VLProcessor"),
