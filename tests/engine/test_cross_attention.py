@@ -171,3 +171,36 @@ def test_a_cache_keeps_what_is_held_and_counts_it():
     assert cache.can_hold([("c", 0)])
     cache.check_integrity([[("a", 0)]])
     assert SEGMENT_BYTES == 48
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_arrivals_and_aborts(answers, seed):
+    """Over pools too small for all, of blocks and of room for media: whoever is answered is answered right."""
+    rng = random.Random(seed)
+    room, num_blocks = rng.choice([3, 4, 100]), rng.choice([17, 30, 256])
+    engine = make_attending_engine(
+        room=room,
+        num_blocks=num_blocks,
+        max_model_len=64,
+        max_num_seqs=rng.choice([1, 3, 16]),
+        max_num_batched_tokens=rng.choice([1, 5, 64]),
+        prefix=rng.random() < 0.8,
+    )
+    asked: dict[str, str] = {}
+    found: dict[str, list[int]] = {}
+    for number in range(200):
+        if rng.random() < 0.3:
+            name = f"r{number}"
+            asked[name], found[name] = rng.choice(sorted(PROMPTS)), []
+            engine.add_request(name, PROMPTS[asked[name]], greedy())
+        if found and rng.random() < 0.05:
+            gone = rng.choice(sorted(found))
+            engine.abort(gone)
+            del found[gone]
+        for output in step(engine):
+            if output.request_id in found:
+                found[output.request_id] += output.new_token_ids
+    for name, tokens in drain(engine).items():
+        found[name] += tokens
+    assert len(found) > 20
+    assert all(tokens == answers[asked[name]] for name, tokens in found.items())

@@ -206,7 +206,7 @@ def test_after_preemption(model, asked, expected, prefix):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_with_room_for_few_pictures(model, asked, expected, prefix):
-    """Requests wait for each other's pictures to go; text does not, once it is its turn."""
+    """Requests wait for each other's pictures to go."""
     engine = make_engine(model, encoder_bytes=4 * model.info.cross_attention_bytes_per_segment, prefix=prefix)
     names = [name for name in asked if len(asked[name].features) < 4]
     few = make_engine(model, encoder_bytes=2 * model.info.cross_attention_bytes_per_segment, prefix=prefix)
