@@ -71,6 +71,8 @@ def build_batch(
         placements=placements,
         state_slots=tensor(np.asarray(states, np.int64)) if states else None,
         attended_media=attended,
+        request_lens=[len(request.token_ids) for request in scheduled],
+        has_media=[bool(request.segments) for request in scheduled],
     )
     return batch, sampled
 

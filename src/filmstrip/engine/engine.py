@@ -17,7 +17,7 @@ from filmstrip.engine.sampler import SamplingState, sample
 from filmstrip.engine.scheduler import Scheduler
 from filmstrip.engine.state_pool import StatePool
 from filmstrip.errors import ContextLengthError, FilmstripError, InvalidRequestError
-from filmstrip.models.base import CrossAttentionModel, Model, RecurrentModel, SeenMedia
+from filmstrip.models.base import CrossAttentionModel, Model, ModelInfo, RecurrentModel, SeenMedia
 from filmstrip.types import FinishReason, ProcessedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class Engine:
         ends = frozenset() if params.ignore_eos else frozenset(stop_token_ids)
         request = Request(request_id, prompt, params, ends, self._num_arrived + 1, self._seen_media)
         self._check_media(request)
+        request.cache_salt = _cache_salt(request, self.model.info)
         self._num_arrived += 1
         seed = self.limits.seed + self._num_arrived
         self._sampling[request_id] = SamplingState(params, prompt.token_ids, self.model.info.vocab_size, seed)
@@ -226,6 +227,10 @@ class Engine:
         finish_reason, stop_reason = request.finish_reason(self.limits.max_model_len)
         if finish_reason is not None:
             self._remove(request)
+        elif (salt := _cache_salt(request, self.model.info)) != request.cache_salt:
+            # What is computed of it is of no use from here on.
+            request.cache_salt, request.block_hashes = salt, []
+            self.scheduler.restart(request)
         return StepOutput(request.request_id, [token], finish_reason, stop_reason, request.num_cached_tokens)
 
     def _fail(self, request: Request, message: str) -> StepOutput:
@@ -236,6 +241,14 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.request_id]
         del self._sampling[request.request_id]
+
+
+def _cache_salt(request: Request, info: ModelInfo) -> bytes:
+    """Which of the model's ways to compute text the request takes now."""
+    longest = info.original_max_position_embeddings
+    with_adapter = info.has_media_adapter and bool(request.segments)
+    is_long = longest is not None and len(request.token_ids) > longest
+    return (b"|adapter" if with_adapter else b"") + (b"|long" if is_long else b"")
 
 
 def _allocate_states(model: Model, limits: EngineLimits) -> StatePool | None:

@@ -23,7 +23,8 @@ class KVCache:
     """Block tables over a :class:`BlockPool`, with a prefix cache of full blocks.
 
     A block's hash covers the hash before it (so, everything before it), its token ids, for each media segment that overlaps
-    it what the segment is and where it begins, for each that its tokens attend to what that is, and M-RoPE positions.
+    it what the segment is and where it begins, for each that its tokens attend to what that is, and M-RoPE positions; the
+    first block's covers the request's salt, too.
     Placeholder ids alone never identify content; nor do pixels the positions: the same frames, said to be taken at other
     times, may stand at others.
 
@@ -172,7 +173,7 @@ class KVCache:
         shifts = np.split(positions - np.arange(first * self.block_size, last * self.block_size), last - first, axis=1)
         for index, shift in zip(range(first, last), shifts, strict=True):
             start, end = index * self.block_size, (index + 1) * self.block_size
-            digest = hashlib.sha256(request.block_hashes[-1] if request.block_hashes else _ROOT)
+            digest = hashlib.sha256(request.block_hashes[-1] if request.block_hashes else _ROOT + request.cache_salt)
             digest.update(np.asarray(request.token_ids[start:end], np.int64).tobytes())
             for segment in request.segments_between(start, end):
                 name, number = segment.key

@@ -49,6 +49,8 @@ class Request:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     """Physical blocks in order; an array, so that a step copies it as memory and not number by number."""
     block_hashes: list[bytes] = field(default_factory=list)
+    cache_salt: bytes = b""
+    """What beside tokens and media decides on K and V: requests of different salts share no blocks."""
     state_slot: int | None = None
     """Where the recurrent state is while the request runs; None if it waits or the model has none."""
     num_computed_tokens: int = 0

@@ -49,6 +49,13 @@ class Scheduler:
             self.waiting.remove(request)
         self._cache.free(request)
 
+    def restart(self, request: Request) -> None:
+        """Let a running request give its blocks back and be computed again from its first token on, as soon as it can."""
+        self.running.remove(request)
+        self._encoder_cache.let_go(request.attended_keys)
+        self._cache.free(request)
+        self.waiting.appendleft(request)
+
     def schedule(self) -> dict[Request, int]:
         """Tokens to compute per request; their blocks are allocated. Empty only if there is nothing to do."""
         scheduled: dict[Request, int] = {}
@@ -108,10 +115,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
-        self.running.remove(request)
-        self._encoder_cache.let_go(request.attended_keys)
-        self._cache.free(request)
-        self.waiting.appendleft(request)
+        self.restart(request)
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start a waiting request if there is room for it; the tokens it got, 0 if it must go on waiting.

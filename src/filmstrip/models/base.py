@@ -36,6 +36,11 @@ class ModelInfo:
     """Tokens of a media segment see each other both ways, so a step computes all of a segment or none of it."""
     cross_attention_bytes_per_segment: int = 0
     """What the encoder gives for a segment that tokens attend to; 0 if the model is no :class:`CrossAttentionModel`."""
+    has_media_adapter: bool = False
+    """Requests that show media are computed with other weights, from their first token on."""
+    original_max_position_embeddings: int | None = None
+    """Requests of more tokens than this are computed with other rotary embeddings, from their first token on (LongRoPE);
+    None: their length changes nothing."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ decode step is a row count of 1, a prefill chunk is more; the model need not kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -67,8 +69,21 @@ class Batch:
     attended_media: list[list[AttendedMedia]] = field(default_factory=list)
     """For each of S requests the media that its tokens in the batch see, by offset (:meth:`CrossAttentionModel.seen_media`);
     empty for models that have media among their tokens."""
+    request_lens: list[int] = field(default_factory=list)
+    """Tokens of each request, computed or not; more than ``context_lens_list`` while chunks of it are still to come."""
+    has_media: list[bool] = field(default_factory=list)
+    """Whether each request shows media, in this chunk or anywhere else."""
 
     @property
     def num_tokens(self) -> int:
         """N."""
         return self.token_ids.shape[0]
+
+    def rows_of(self, chosen: Sequence[bool]) -> torch.Tensor | None:
+        """bool (N,) on the batch's device: the rows of the requests that are ``chosen`` (S values); None if none is."""
+        if len(chosen) != len(self.query_lens):
+            raise ValueError(f"{len(chosen)} values for a batch of {len(self.query_lens)} requests")
+        if not any(chosen):
+            return None
+        rows = np.repeat(np.asarray(chosen), self.query_lens)
+        return torch.from_numpy(rows).to(self.token_ids.device, non_blocking=True)
