@@ -63,6 +63,20 @@ def _with_tiles(name: str, architecture: str, *cases: str, video: bool) -> Famil
     return Family(name, (architecture,), proofs, ("time series",) if video else ("time series", "video", "mixed"))
 
 
+def _phi4() -> Family:
+    file, kinds = "tests/parity/test_phi4.py", ("plain", "adapted")
+    shown = tuple(f"{file}::{name}[{kind}" for name in ("test_alone", "test_prompts") for kind in kinds)
+    proofs = {
+        "text": (*shown, f"{file}::test_lengths_share_nothing_with_each_other["),
+        "image": (*shown, f"{file}::test_alone[odd", f"{file}::test_crops_of_all_sizes"),
+        "batch": tuple(f"{file}::test_in_a_batch[{kind}" for kind in kinds),
+        "chunked": tuple(f"{file}::test_chunked[{kind}" for kind in kinds),
+        "prefix cache": (f"{file}::test_after_a_prefix_hit[", f"{file}::test_text_before_a_picture["),
+        "preemption": tuple(f"{file}::test_after_preemption[{kind}" for kind in kinds),
+    }
+    return Family("Phi-4-multimodal", ("Phi4MultimodalForCausalLM",), proofs, ("time series", "video", "mixed"))
+
+
 def _interns1_pro(*architectures: str) -> Family:
     file = "tests/parity/test_interns1_pro.py"
     alone = f"{file}::test_alone"
@@ -160,6 +174,7 @@ FAMILIES = (
     _with_tiles("DeepSeek-VL", "DeepseekVLForConditionalGeneration", "deepseek_vl", video=False),
     _with_tiles("DeepSeek-VL hybrid", "DeepseekVLHybridForConditionalGeneration", "deepseek_vl_hybrid", video=False),
     _with_tiles("Gemma 3", "Gemma3ForConditionalGeneration", "gemma3", video=False),
+    _phi4(),
     _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
     _mllama(),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),

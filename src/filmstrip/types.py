@@ -243,7 +243,8 @@ class FramePlan:
         num_groups = -(-len(self.frame_indices) // tps)
         if len(self.views) > 1:
             return (num_groups, self.patches_per_frame, 1)
-        return (num_groups, self.height // ps, self.width // ps)
+        view = self.frame_views[0]
+        return (num_groups, view.height // ps, view.width // ps)
 
     @property
     def patches_shape(self) -> tuple[int, int]:

@@ -87,14 +87,15 @@ def test_views_and_read_only_frames_are_taken():
 
 
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-4, 2), (6, -7), (-9, -30), (20, 0), (0, -31)])
-def test_a_view_is_a_frame_laid_on_a_canvas(top, left):
+@pytest.mark.parametrize("fill", [0, 255])
+def test_a_view_is_a_frame_laid_on_a_canvas(top, left, fill):
     frame = np.random.default_rng(3).integers(0, 256, (50, 40, 3), np.uint8)
-    view = View(16, 24, 20, 31, top, left)
+    view = View(16, 24, 20, 31, top, left, fill)
     resized = resize_frame(frame, 20, 31, "bilinear").numpy()
     expected = np.empty((16, 24, 3), np.uint8)
     for y, x in itertools.product(range(16), range(24)):
         inside = 0 <= y - top < 20 and 0 <= x - left < 31
-        expected[y, x] = resized[y - top, x - left] if inside else 0
+        expected[y, x] = resized[y - top, x - left] if inside else fill
     np.testing.assert_array_equal(draw_view(frame, view, "bilinear"), expected)
 
 

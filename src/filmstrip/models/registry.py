@@ -29,6 +29,7 @@ _MODEL_CLASSES = {
     "MiniCPMV4_6ForConditionalGeneration": "filmstrip.models.minicpm_v:MiniCPMVModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "MllamaForConditionalGeneration": "filmstrip.models.mllama:MllamaModel",
+    "Phi4MultimodalForCausalLM": "filmstrip.models.phi4_multimodal:Phi4MultimodalModel",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen2_5_VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
@@ -51,8 +52,14 @@ _SERVED_PARTS = {"Qwen3OmniMoeForConditionalGeneration": "thinker_config"}
 
 _FIRST_RELEASES = {
     "MultiModalityCausalLM": "deepseek-community/deepseek-vl-1.3b-chat and deepseek-community/deepseek-vl-7b-chat",
+    "Phi4MMForCausalLM": "revisions of microsoft/Phi-4-multimodal-instruct that name Phi4MultimodalForCausalLM",
 }
 """Architecture of a model's first release -> checkpoints of it in Transformers' format, which is served."""
+
+_ONLY_CODE = {
+    "Phi3VForCausalLM": ("Phi-3-vision", "Phi4MultimodalForCausalLM and Qwen3VLForConditionalGeneration"),
+}
+"""Architecture that exists only as code beside the weights -> the model's name, and the nearest that are served."""
 
 
 def supported_architectures() -> list[str]:
@@ -86,12 +93,22 @@ def find_architecture(architectures: Sequence[str], model: str) -> str:
 
 
 def check_release(architectures: Sequence[str], model: str) -> None:
-    """Raise :class:`ModelLoadError` if ``model`` is in the format of a first release that is served in another format."""
+    """Raise :class:`ModelLoadError` if ``model`` is in the format of a first release that is served in another format.
+
+    Also if it is nothing without code that comes with it.
+    """
     for architecture in architectures:
         if architecture in _FIRST_RELEASES:
             raise ModelLoadError(
                 f"{model!r} has the architecture {architecture}, the format of a first release, which is not supported; "
                 f"Transformers' format is, as in {_FIRST_RELEASES[architecture]}",
+                param="model",
+            )
+        if architecture in _ONLY_CODE:
+            name, nearest = _ONLY_CODE[architecture]
+            raise ModelLoadError(
+                f"{model!r} has the architecture {architecture}, which is not supported: {name} exists only as code that "
+                f"comes with the checkpoint, and that is never run; the nearest supported models are {nearest}",
                 param="model",
             )
 

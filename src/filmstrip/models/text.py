@@ -67,14 +67,19 @@ class TextModel:
 
 
 def paged_text(
-    config: Any, checkpoint: Checkpoint, *, num_embedding_rows: int = 1, num_layers: int | None = None
+    config: Any,
+    checkpoint: Checkpoint,
+    *,
+    num_embedding_rows: int = 1,
+    num_layers: int | None = None,
+    longrope: bool = False,
 ) -> tuple[PagedAttention, ModelInfo]:
     """Attention for a text model with this Transformers ``config``, and what the engine plans with.
 
-    ``num_layers`` have K and V of their tokens; all if not given.
-    Raises :class:`ModelLoadError` for a model that would be computed wrongly.
+    ``num_layers`` have K and V of their tokens; all if not given. ``longrope``: the caller sees to rotary embeddings of this
+    type. Raises :class:`ModelLoadError` for a model that would be computed wrongly.
     """
-    check_supported(config, checkpoint.architecture)
+    check_supported(config, checkpoint.architecture, longrope=longrope)
     shape = AttentionShape(
         num_layers=config.num_hidden_layers if num_layers is None else num_layers,
         num_query_heads=config.num_attention_heads,
@@ -95,8 +100,11 @@ def paged_text(
     return attention, info
 
 
-def check_supported(config: Any, architecture: str) -> None:
-    """Raise :class:`ModelLoadError` if a text model with this Transformers ``config`` would be computed wrongly."""
+def check_supported(config: Any, architecture: str, *, longrope: bool = False) -> None:
+    """Raise :class:`ModelLoadError` if a text model with this Transformers ``config`` would be computed wrongly.
+
+    ``longrope``: the caller sees to rotary embeddings of this type.
+    """
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, name, None):
             raise ModelLoadError(
@@ -106,7 +114,7 @@ def check_supported(config: Any, architecture: str) -> None:
     # Where layers differ, each kind of layer has parameters of its own.
     for each in (parameters, *(values for values in parameters.values() if isinstance(values, Mapping))):
         rope_type = each.get("rope_type", "default")
-        if rope_type in _ROPE_TYPES_OF_LENGTH:
+        if rope_type in _ROPE_TYPES_OF_LENGTH and not (longrope and rope_type == "longrope"):
             raise ModelLoadError(
                 f"this {architecture} checkpoint has rotary embeddings of the type {rope_type!r} (config.json), which is "
                 "not supported",

@@ -35,6 +35,7 @@ _PROCESSORS = {
     "MiniCPMV4_6ForConditionalGeneration": ("filmstrip.processing.minicpm_v", "MiniCPMVProcessor"),
     "MistralForCausalLM": _TEXT,
     "MllamaForConditionalGeneration": ("filmstrip.processing.mllama", "MllamaProcessor"),
+    "Phi4MultimodalForCausalLM": ("filmstrip.processing.phi4_multimodal", "Phi4MultimodalProcessor"),
     "Qwen2ForCausalLM": _TEXT,
     "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
     "Qwen2_5_VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen25VLProcessor"),
