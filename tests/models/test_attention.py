@@ -38,17 +38,22 @@ def reference_attention(
     values: torch.Tensor,
     scaling: float,
     window: int | None = None,
-    spans: Sequence[tuple[int, int]] = (),
+    spans: Sequence[tuple[int, ...]] = (),
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Attention in float64: (n, Hq, D), (L, Hkv, D), (L, Hkv, D) -> (n, Hq, D). ``spans`` are (start, end) of tokens."""
+    """Attention in float64: (n, Hq, D), (L, Hkv, D), (L, Hkv, D) -> (n, Hq, D).
+
+    ``spans`` are (start, end) of tokens, or of several parts one behind the other: (start, end, start, end, ...).
+    """
     query, keys, values = (tensor.double() for tensor in (query, keys, values))
     group = query.shape[1] // keys.shape[1]
     scores = torch.einsum("nhd,lhd->hnl", query, keys.repeat_interleave(group, 1)) * scaling
     rows, columns = torch.arange(len(keys) - len(query), len(keys))[:, None], torch.arange(len(keys))
     visible = columns <= rows
-    for start, end in spans:
-        visible |= (start <= rows) & (rows < end) & (start <= columns) & (columns < end)
+    for span in spans:
+        parts = list(zip(span[::2], span[1::2], strict=True))
+        of_rows, of_columns = (sum((start <= x) & (x < end) for start, end in parts) for x in (rows, columns))
+        visible |= (of_rows > 0) & (of_columns > 0)
     if window is not None:
         visible &= rows - columns < window
     if chunk_size is not None:
@@ -64,12 +69,13 @@ def run_case(
     seed: int = 0,
     layer: int = 1,
     window: int | None = None,
-    spans: Sequence[tuple[int, int, int]] = (),
+    spans: Sequence[tuple[int, ...]] = (),
     chunk_size: int | None = None,
 ) -> float:
     """Largest error of ``attention`` on requests of (rows, tokens): earlier tokens are stored first, then the rows attend.
 
-    ``spans`` are (request, start, end) of tokens that see each other both ways, as far as they are among the rows.
+    ``spans`` are (request, start, end) of tokens that see each other both ways, as far as they are among the rows; with
+    gaps (request, start, end, start, end, ...).
     Pages are filled with NaN before: what no token was written to must not be read.
     """
     shape, dtype = attention.shape, attention.dtype
@@ -105,7 +111,9 @@ def run_case(
             scaling,
         )
     chunks = [(request, length - rows, length) for request, (rows, length) in zip(requests, lengths, strict=True)]
-    step = attention.begin(pack(chunks, attention.block_size), [batch_span(lengths, *span) for span in spans])
+    step = attention.begin(
+        pack(chunks, attention.block_size), [part for span in spans for part in batch_spans(lengths, *span)]
+    )
     new_keys, new_values = (
         torch.cat([tensor[len(tensor) - rows :] for tensor, (rows, _) in zip(tensors, lengths, strict=True)])
         for tensors in (keys, values)
@@ -129,12 +137,17 @@ def run_case(
     return (output.double() - expected).abs().max().item()
 
 
-def batch_span(lengths: list[tuple[int, int]], request: int, start: int, end: int) -> Span:
-    """The part of a request's span that is in the batch of :func:`run_case`."""
+def batch_spans(lengths: list[tuple[int, int]], request: int, *bounds: int) -> list[Span]:
+    """The part of a request's span that is in the batch of :func:`run_case`, one for each of its parts."""
     num_rows, length = lengths[request]
-    first = max(start, length - num_rows)
-    first_row = sum(rows for rows, _ in lengths[:request]) + first - (length - num_rows)
-    return Span(first_row, end - first, end)
+    first_token, first_row = length - num_rows, sum(rows for rows, _ in lengths[:request])
+    gaps = tuple(zip(bounds[1:-1:2], bounds[2::2], strict=True))
+    spans = []
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        first = max(start, first_token)
+        if first < end:
+            spans.append(Span(first_row + first - first_token, end - first, bounds[-1], gaps))
+    return spans
 
 
 def cpu_attention_of(dtype=torch.float32, *, heads=(4, 2), head_dim=32, block_size=None) -> CpuPagedAttention:
@@ -224,14 +237,22 @@ def test_chunks_and_spans_together_are_refused():
 SPANS = [(0, 3, 30), (1, 70, 100), (1, 100, 131), (2, 0, 90), (3, 150, 200)]
 """One inside a chunk, two that meet, a whole prompt, one that the chunk begins in the middle of."""
 SPAN_LENGTHS = [(40, 40), (80, 140), (90, 90), (30, 210), (1, 60)]
+SPANS_WITH_GAPS = [
+    (0, 3, 9, 11, 30),
+    (1, 20, 61, 70, 90, 100, 131),
+    (2, 0, 10, 11, 12, 50, 90),
+    (3, 150, 190, 192, 200),
+]
+"""One inside a chunk, one that begins before its chunk, one from end to end, one that the chunk begins in the middle of."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 8, 64])
 @pytest.mark.parametrize("block_size", [8, 20, 32])
-def test_cpu_spans(dtype, window, block_size):
+@pytest.mark.parametrize("spans", [SPANS, SPANS_WITH_GAPS])
+def test_cpu_spans(dtype, window, block_size, spans):
     attention = cpu_attention_of(dtype, block_size=block_size)
-    assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[dtype]
+    assert run_case(attention, SPAN_LENGTHS, window=window, spans=spans) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -450,7 +471,8 @@ def test_cuda_backend_tells_the_kernel_about_the_batch(monkeypatch):
     for window in (None, 1, 33, 300):
         lengths = [(1, 300), (40, 40), (5, 257), (1, 1)]
         assert run_case(attention, lengths, window=window) < TOLERANCE[torch.bfloat16]
-        assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[torch.bfloat16]
+        for spans in (SPANS, SPANS_WITH_GAPS):
+            assert run_case(attention, SPAN_LENGTHS, window=window, spans=spans) < TOLERANCE[torch.bfloat16]
 
 
 def test_cuda_backend_cuts_requests_at_chunks(monkeypatch, caplog):
@@ -481,7 +503,8 @@ def test_cuda_backend_gathers_where_it_must(dtype, caplog):
     assert "gathers K and V pages" in caplog.text
     for window in (None, 1, 33, 300):
         assert run_case(attention, [(1, 300), (40, 40), (5, 257), (1, 1)], window=window) < TOLERANCE[dtype]
-        assert run_case(attention, SPAN_LENGTHS, window=window, spans=SPANS) < TOLERANCE[dtype]
+        for spans in (SPANS, SPANS_WITH_GAPS):
+            assert run_case(attention, SPAN_LENGTHS, window=window, spans=spans) < TOLERANCE[dtype]
     assert run_case(attention, CHUNK_LENGTHS, chunk_size=33) < TOLERANCE[dtype]
 
 

@@ -1,7 +1,8 @@
 """Packed Q, K and V of one step in, attention over pages in main memory out; knows no model and no scheduler.
 
 Compiled kernels read pages in place. Only long prefill chunks in bf16, on a CPU that multiplies bf16 in hardware, gather
-their pages and go through ``scaled_dot_product_attention``, which uses those units.
+their pages and go through ``scaled_dot_product_attention``, which uses those units; and so do chunks with spans that have
+gaps, which the kernels do not know.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class CpuPagedAttention:
 
 
 @dataclass(frozen=True)
-class _LongChunk:
+class _GatheredChunk:
     """Rows of a request that are attended after gathering its pages."""
 
     rows: slice
@@ -101,11 +102,15 @@ class CpuAttentionStep:
         group, num_threads = shape.num_query_heads_per_kv_head, torch.get_num_threads()
         self._block_tables = np.ascontiguousarray(batch.block_tables.numpy(), dtype=np.int32)
         self._store_runs = plan_runs(batch.slot_mapping.numpy(), attention.block_size)
-        self._long_chunks = self._plan_long_chunks(batch)
-        longest = max((chunk.length for chunk in self._long_chunks), default=0)
+        first_rows = np.cumsum([0, *batch.query_lens])[:-1].tolist()
+        self._is_gathered = [
+            self._is_long(num_rows) or visible.has_gaps(row)
+            for num_rows, row in zip(batch.query_lens, first_rows, strict=True)
+        ]
+        self._gathered_chunks = self._plan_gathered_chunks(batch)
+        longest = max((chunk.length for chunk in self._gathered_chunks), default=0)
         self._gathered = torch.empty(2, shape.num_kv_heads * longest * shape.head_dim, dtype=attention.dtype)
-        short = [num_rows for num_rows in batch.query_lens if not self._is_long(num_rows)]
-        max_rows = min(max(short, default=0) or 1, max(1, MAX_ROWS_PER_WORK // group)) * group
+        max_rows = min(max(self._paged_lens(), default=0) or 1, max(1, MAX_ROWS_PER_WORK // group)) * group
         row_size = scratch_row(shape.head_dim, attention.key_columns, attention.value_columns)
         self._partial_size = max_rows * (attention.value_columns + VECTOR)
         self._scratch = np.empty((num_threads, max_rows * row_size), dtype=np.float32)
@@ -158,7 +163,7 @@ class CpuAttentionStep:
                 pending=plan.pending.ctypes.data,
             )
             self._run(kernels.attend, plan.works)
-        for chunk in self._long_chunks:
+        for chunk in self._gathered_chunks:
             output[chunk.rows] = self._attend_gathered(
                 chunk, query[chunk.rows], scaling, self._visible.bounds(chunk.rows, window, chunk_size)
             )
@@ -171,7 +176,7 @@ class CpuAttentionStep:
             attention, batch, num_heads = self._attention, self._batch, self._attention.shape.num_kv_heads
             row_starts = self._visible.starts(window, chunk_size)
             works, num_partials = plan_works(
-                [0 if self._is_long(num_rows) else num_rows for num_rows in batch.query_lens],
+                self._paged_lens(),
                 np.concatenate([[0], np.cumsum(batch.query_lens)])[:-1].tolist(),
                 row_starts,
                 self._visible.ends,
@@ -189,9 +194,9 @@ class CpuAttentionStep:
         return self._plans[key]
 
     def _attend_gathered(
-        self, chunk: _LongChunk, query: torch.Tensor, scaling: float, visible: Bounds | None
+        self, chunk: _GatheredChunk, query: torch.Tensor, scaling: float, visible: Bounds | None
     ) -> torch.Tensor:
-        """Attention of one long chunk over a contiguous copy of its request's pages."""
+        """Attention of one chunk over a contiguous copy of its request's pages."""
         shape = self._attention.shape
         size = shape.num_kv_heads * chunk.length * shape.head_dim
         keys, values = (part[:size].view(shape.num_kv_heads, chunk.length, -1) for part in self._gathered)
@@ -199,12 +204,18 @@ class CpuAttentionStep:
         self._run(self._attention.kernels.gather, chunk.runs)
         return attend_dense(query.to(keys.dtype), keys, values, scaling, visible)
 
-    def _plan_long_chunks(self, batch: Batch) -> list[_LongChunk]:
+    def _paged_lens(self) -> list[int]:
+        """Rows of each request that the kernels attend."""
+        pairs = zip(self._batch.query_lens, self._is_gathered, strict=True)
+        return [0 if is_gathered else num_rows for num_rows, is_gathered in pairs]
+
+    def _plan_gathered_chunks(self, batch: Batch) -> list[_GatheredChunk]:
         chunks, row = [], 0
-        for blocks, num_rows, length in zip(self._block_tables, batch.query_lens, batch.context_lens_list, strict=True):
-            if self._is_long(num_rows):
+        lens = zip(self._block_tables, batch.query_lens, batch.context_lens_list, self._is_gathered, strict=True)
+        for blocks, num_rows, length, is_gathered in lens:
+            if is_gathered:
                 runs = plan_block_runs(blocks, length, self._attention.block_size)
-                chunks.append(_LongChunk(slice(row, row + num_rows), length, runs))
+                chunks.append(_GatheredChunk(slice(row, row + num_rows), length, runs))
             row += num_rows
         return chunks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,28 @@ ROWS_PER_MASK = 512
 """Rows that go through attention together where a mask is needed, which bounds the mask and skips what no row sees."""
 
 
-Bounds = tuple[np.ndarray, np.ndarray]
-"""int64 (n,) each: the first key that every row sees, and the first behind those."""
+@dataclass(frozen=True)
+class Bounds:
+    """What the last n of L tokens see where that is not just all up to themselves."""
+
+    starts: np.ndarray
+    """int64 (n,): the first key that each row sees."""
+    ends: np.ndarray
+    """int64 (n,): the first behind those."""
+    hidden: np.ndarray | None = None
+    """bool (L,): keys that no row before them sees, wherever what it sees ends."""
+
+    def mask(self, rows: slice) -> tuple[int, int, np.ndarray]:
+        """Keys ``first`` to ``last`` that any of ``rows`` sees, and which of them which row does: bool (rows, keys)."""
+        starts, ends = self.starts[rows], self.ends[rows]
+        first, last = int(starts.min()), int(ends.max())
+        columns = np.arange(first, last)
+        mask = (columns >= starts[:, None]) & (columns < ends[:, None])
+        if self.hidden is not None:
+            num_before = len(self.hidden) - len(self.starts)
+            tokens = num_before + np.arange(len(self.starts))[rows]
+            mask &= (columns <= tokens[:, None]) | ~self.hidden[first:last]
+        return first, last, mask
 
 
 def attend_dense(
@@ -53,12 +75,10 @@ def _attend_within(
     outputs = []
     for start in range(0, rows.shape[2], ROWS_PER_MASK):
         slab = rows[:, :, start : start + ROWS_PER_MASK]
-        starts, ends = (bound[start : start + ROWS_PER_MASK] for bound in bounds)
-        first, last = int(starts.min()), int(ends.max())
-        columns = np.arange(first, last)
-        mask = torch.from_numpy((columns >= starts[:, None]) & (columns < ends[:, None])).to(rows.device)
+        first, last, mask = bounds.mask(slice(start, start + ROWS_PER_MASK))
         seen = (keys[:, :, first:last], values[:, :, first:last])
-        outputs.append(F.scaled_dot_product_attention(slab, *seen, attn_mask=mask, scale=scaling))
+        on_device = torch.from_numpy(mask).to(rows.device)
+        outputs.append(F.scaled_dot_product_attention(slab, *seen, attn_mask=on_device, scale=scaling))
     return torch.cat(outputs, dim=2)
 
 

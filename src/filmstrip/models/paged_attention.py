@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from filmstrip.models.batch import Batch
+from filmstrip.models.dense_attention import Bounds
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Span:
     first_row: int
     num_rows: int
     end: int
+    gaps: tuple[tuple[int, int], ...] = ()
+    """Tokens of the request, first and first behind, that are not of the span: only what stands behind them sees them."""
 
 
 class VisibleTokens:
@@ -48,8 +51,15 @@ class VisibleTokens:
         self._positions = positions.astype(np.int64)
         self.ends = self._positions + 1
         """int64 (N,): first token of its request behind those that the row sees."""
+        first_rows = np.cumsum([0, *batch.query_lens])
+        self._hidden: dict[int, np.ndarray] = {}
         for span in spans:
             self.ends[span.first_row : span.first_row + span.num_rows] = span.end
+            request = int(np.searchsorted(first_rows, span.first_row, side="right")) - 1
+            for first, end in span.gaps:
+                length = batch.context_lens_list[request]
+                hidden = self._hidden.setdefault(int(first_rows[request]), np.zeros(length, bool))
+                hidden[first:end] = True
         self.has_spans = bool(spans)
 
     def starts(self, window: int | None, chunk_size: int | None = None) -> np.ndarray:
@@ -66,13 +76,15 @@ class VisibleTokens:
             starts = self._positions // chunk_size * chunk_size
         return starts if window is None else np.maximum(self._positions - window + 1, starts)
 
-    def bounds(
-        self, rows: slice, window: int | None, chunk_size: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Starts and ends of what ``rows`` see, if that is not just all tokens up to themselves."""
+    def has_gaps(self, first_row: int) -> bool:
+        """Whether rows of the request that begins in ``first_row`` see not all tokens between two that they see."""
+        return first_row in self._hidden
+
+    def bounds(self, rows: slice, window: int | None, chunk_size: int | None = None) -> Bounds | None:
+        """What ``rows``, all of one request, see, if that is not just all tokens up to themselves."""
         if window is None and chunk_size is None and not self.has_spans:
             return None
-        return self.starts(window, chunk_size)[rows], self.ends[rows]
+        return Bounds(self.starts(window, chunk_size)[rows], self.ends[rows], self._hidden.get(rows.start))
 
 
 class AttentionStep(Protocol):
