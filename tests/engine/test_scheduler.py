@@ -12,14 +12,15 @@ from tests.engine.helpers import alone, drain, fake_of, greedy, make_engine, run
 from tests.fakes import feature, prompt
 
 
-def make_scheduler(*, num_blocks=64, max_num_seqs=8, budget=32, prefix=True, whole_segments=False):
-    cache = KVCache(num_blocks, 4, enable_prefix_caching=prefix)
+def make_scheduler(*, num_blocks=64, max_num_seqs=8, budget=32, prefix=True, whole_segments=False, whole_media=False):
+    cache = KVCache(num_blocks, 4, enable_prefix_caching=prefix, whole_media=whole_media)
     scheduler = Scheduler(
         cache,
         EncoderCache(0),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         whole_segments=whole_segments,
+        whole_media=whole_media,
     )
     return scheduler, cache
 
@@ -152,6 +153,48 @@ def test_whole_segments_begun_by_a_cached_prefix():
     scheduler.add(first)
     assert advance(scheduler, cache) == {"r0": 3}
     assert advance(scheduler, cache) == {"r0": 15}
+
+
+@pytest.mark.parametrize(
+    ("budget", "chunks"), [(5, [3, 33, 4]), (2, [2, 1, 33, 2, 2]), (35, [3, 35, 2]), (36, [36, 4]), (64, [40])]
+)
+def test_whole_media_are_computed_in_one_step(budget, chunks):
+    """Segments 3-12, 15-24, 27-36 with text between them; behind the last the budget rules again."""
+    scheduler, cache = make_scheduler(budget=budget, whole_media=True)
+    scheduler.add(make_request(0, prompt(40, feature(3, num_segments=3, length=9, gap=3))))
+    assert [advance(scheduler, cache)["r0"] for _ in chunks] == chunks
+
+
+def shared_tokens(first, second):
+    """Tokens of ``second`` that the prefix cache holds once ``first`` is computed, by a model of whole media."""
+    scheduler, cache = make_scheduler(budget=64, whole_media=True)
+    scheduler.add(make_request(0, first))
+    advance(scheduler, cache)
+    scheduler.remove(scheduler.running[0])
+    return len(cache.find_prefix(make_request(1, second))) * 4
+
+
+def test_whole_media_are_shared_only_with_the_same_media():
+    picture, other = ({"num_segments": 1, "length": 10, "content": content} for content in (1, 2))
+    two = prompt(40, feature(9, **picture), feature(25, **other))
+    assert shared_tokens(two, two) == 36
+    # Another question: to the end of a block inside the last picture, or of the one behind it.
+    for place, num_shared in ((35, 32), (36, 36)):
+        question = prompt(40, feature(9, **picture), feature(25, **other))
+        question.token_ids[place] += 1
+        assert shared_tokens(two, question) == num_shared
+    # More media, fewer, others, elsewhere, or other words between them: only what stands before the first.
+    assert shared_tokens(prompt(24, feature(9, **picture)), two) == 8
+    assert shared_tokens(two, prompt(40, feature(9, **picture))) == 8
+    assert shared_tokens(two, prompt(40, feature(9, **picture), feature(25, **picture))) == 8
+    assert shared_tokens(two, prompt(40, feature(9, **picture), feature(26, **other))) == 8
+    between = prompt(40, feature(9, **picture), feature(25, **other))
+    between.token_ids[21] += 1
+    assert shared_tokens(two, between) == 8
+    before = prompt(40, feature(9, **picture), feature(25, **other))
+    before.token_ids[5] += 1
+    assert shared_tokens(two, before) == 4
+    assert shared_tokens(prompt(40), prompt(40)) == 36
 
 
 def test_a_preempted_requests_budget_goes_back():

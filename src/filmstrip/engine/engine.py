@@ -62,6 +62,7 @@ class Engine:
             model.info.block_size,
             enable_prefix_caching=limits.enable_prefix_caching,
             states=_allocate_states(model, limits),
+            whole_media=model.info.whole_media,
         )
         encoder_cache = EncoderCache(limits.encoder_cache_bytes, model.info.cross_attention_bytes_per_segment)
         self.scheduler = Scheduler(
@@ -70,6 +71,7 @@ class Engine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             whole_segments=model.info.whole_segments,
+            whole_media=model.info.whole_media,
         )
         self.runner = ModelRunner(model, encoder_cache)
         self._seen_media = _seen_media(model)

@@ -28,14 +28,24 @@ class KVCache:
     Placeholder ids alone never identify content; nor do pixels the positions: the same frames, said to be taken at other
     times, may stand at others.
 
+    With ``whole_media`` K and V of a media token depend on all media behind it, too, so hashes from the first media token on
+    cover everything up to the last.
+
     With ``states`` every request that holds blocks also holds a slot of recurrent state, and cached blocks are worth
     nothing beyond the last of them whose state was kept.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, states: StatePool | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        states: StatePool | None = None,
+        whole_media: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        self._whole_media = whole_media
         self.states = states
         self.block_size = block_size
         self._sharing = enable_prefix_caching
@@ -174,10 +184,7 @@ class KVCache:
         for index, shift in zip(range(first, last), shifts, strict=True):
             start, end = index * self.block_size, (index + 1) * self.block_size
             digest = hashlib.sha256(request.block_hashes[-1] if request.block_hashes else _ROOT + request.cache_salt)
-            digest.update(np.asarray(request.token_ids[start:end], np.int64).tobytes())
-            for segment in request.segments_between(start, end):
-                name, number = segment.key
-                digest.update(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
+            digest.update(_content(request, start, end))
             if request.seen_media is not None:  # maybe far away, even behind this block
                 for segment in request.segments_seen(start, end):
                     name, number = segment.key
@@ -185,4 +192,18 @@ class KVCache:
             if shift.any():
                 # In one type, because positions further on decide whether those of a prompt are whole numbers.
                 digest.update(shift.astype(np.float64).tobytes())
+            media = request.media_range if self._whole_media else None
+            if media is not None and start <= media.offset < end:  # the blocks behind cover it through this one
+                digest.update(_content(request, media.offset, media.end))
+                shift = request.positions_between(media.offset, media.end) - media.offset
+                digest.update(shift.astype(np.float64).tobytes())
             request.block_hashes.append(digest.digest())
+
+
+def _content(request: Request, start: int, end: int) -> bytes:
+    """What stands in tokens ``start`` to ``end``: ids, and which media where."""
+    content = [np.asarray(request.token_ids[start:end], np.int64).tobytes()]
+    for segment in request.segments_between(start, end):
+        name, number = segment.key
+        content.append(f"|{name}|{number}|{segment.range.offset - start}|{segment.range.length}".encode())
+    return b"".join(content)

@@ -74,6 +74,14 @@ class Request:
         self.attended_keys = frozenset(segment.key for segment in self.segments if self.seen_media is not None)
 
     @property
+    def media_range(self) -> PlaceholderRange | None:
+        """All from the first media token to the last, text between them included; None without media."""
+        if not self.segments:
+            return None
+        first = self._offsets[0]
+        return PlaceholderRange(first, self._ends[-1] - first)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.prompt.token_ids)

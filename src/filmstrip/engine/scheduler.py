@@ -11,6 +11,7 @@ from collections import deque
 from filmstrip.engine.encoder_cache import EncoderCache
 from filmstrip.engine.kv_cache import KVCache
 from filmstrip.engine.request import Request
+from filmstrip.types import PlaceholderRange
 
 MIN_TOKENS_WORTH_WAITING = 256
 """A prompt waits for another that computes the same beginning if that spares it at least so many tokens."""
@@ -28,9 +29,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         whole_segments: bool = False,
+        whole_media: bool = False,
     ) -> None:
-        """``whole_segments``: media segments are never cut; one that is longer than the budget goes over it."""
-        self._cache, self._encoder_cache, self._whole_segments = cache, encoder_cache, whole_segments
+        """``whole_segments``: media segments are never cut; one that is longer than the budget goes over it.
+
+        ``whole_media``: the same for all from a request's first media token to its last.
+        """
+        self._cache, self._encoder_cache = cache, encoder_cache
+        self._whole_segments, self._whole_media = whole_segments, whole_media
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -143,7 +149,7 @@ class Scheduler:
         return num_tokens
 
     def _chunk(self, request: Request, start: int, budget: int) -> int:
-        """Tokens from ``start`` on that fit the budget; a cut inside a media segment moves back to the segment's start.
+        """Tokens from ``start`` on that fit the budget; a cut inside media moves back to where they begin.
 
         A recurrent state can be copied aside only at the end of a chunk, so chunks end where that is of use.
         """
@@ -152,11 +158,19 @@ class Scheduler:
         if checkpoint is not None and checkpoint <= end:
             return checkpoint - start
         if end < len(request.token_ids):
-            inside = [s for s in request.segments_between(end - 1, end) if s.range.offset < end < s.range.end]
-            if not inside:
+            media = self._media_around(request, end)
+            if media is None:
                 end = self._cache.align(request, start, end)
-            elif inside[0].range.offset > start:
-                end = inside[0].range.offset
-            elif self._whole_segments:
-                end = inside[0].range.end
+            elif media.offset > start:
+                end = media.offset
+            elif self._whole_segments or self._whole_media:
+                end = media.end
         return end - start
+
+    def _media_around(self, request: Request, end: int) -> PlaceholderRange | None:
+        """The media that a cut before token ``end`` would cut: a segment, or all from the first to the last."""
+        if self._whole_media:
+            ranges = [request.media_range] if request.media_range else []
+        else:
+            ranges = [segment.range for segment in request.segments_between(end - 1, end)]
+        return next((each for each in ranges if each.offset < end < each.end), None)

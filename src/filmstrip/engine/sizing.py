@@ -149,7 +149,10 @@ def _free_bytes(config: EngineConfig, info: ModelInfo, max_num_batched_tokens: i
     if info.device.type != "cuda":
         return free_host_bytes()
     free = free_device_bytes(info.device, config.gpu_memory_utilization)
-    return max(free - _activation_bytes(info, max_num_batched_tokens, config.max_num_seqs), 0)
+    longest_step = max_num_batched_tokens
+    if info.whole_media:  # a prompt's media go through one step, however many tokens they have
+        longest_step = max(longest_step, config.max_model_len or info.max_position_embeddings)
+    return max(free - _activation_bytes(info, longest_step, config.max_num_seqs), 0)
 
 
 def _activation_bytes(info: ModelInfo, max_num_batched_tokens: int, max_num_seqs: int) -> int:

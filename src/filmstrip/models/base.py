@@ -34,6 +34,9 @@ class ModelInfo:
     """Recurrent state of one request over all layers, whatever its length; 0 if the model is no :class:`RecurrentModel`."""
     whole_segments: bool = False
     """Tokens of a media segment see each other both ways, so a step computes all of a segment or none of it."""
+    whole_media: bool = False
+    """Tokens of all media of a request see each other both ways, so a step computes all from the first to the last of them
+    or none, and K and V from the first on are those of just these media."""
     cross_attention_bytes_per_segment: int = 0
     """What the encoder gives for a segment that tokens attend to; 0 if the model is no :class:`CrossAttentionModel`."""
     has_media_adapter: bool = False
@@ -53,6 +56,9 @@ class EncoderInput:
 
     A time series is one segment: ``patches`` is its samples, float32 (num_samples, num_channels) and normalised already, and
     ``hop`` how many of them lie between the beginnings of its windows.
+
+    ``pooling`` is int32 (tokens of a segment, patches) on the host where tokens are pooled from patches: for each token
+    which rows of its segment, -1 for none; a token with none at all shows nothing of the picture.
     """
 
     modality: Modality
@@ -63,6 +69,7 @@ class EncoderInput:
     source_size: tuple[int, int] = (0, 0)
     hop: int = 0
     segment_grids: tuple[tuple[int, int], ...] = ()
+    pooling: torch.Tensor | None = None
 
 
 class Model(Protocol):
