@@ -116,6 +116,38 @@ def test_a_view_may_be_made_from_the_one_before():
     np.testing.assert_array_equal(patches[17], resize_frame(frame, 8, 8).numpy())
 
 
+@pytest.mark.parametrize("source", [(30, 33), (97, 161), (200, 31), (1, 1), (20, 31)])
+def test_plain_bilinear_is_rounded_from_floats(source):
+    """As PyTorch computes it with several threads; with one it rounds elsewhere."""
+    frame = np.random.default_rng(6).integers(0, 256, (*source, 3), np.uint8)
+    values = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+    num_threads = torch.get_num_threads()
+    for height, width in ((70, 70), (154, 112), (378, 378), (97, 161)):
+        torch.set_num_threads(2)
+        try:
+            resized = F.interpolate(values, (height, width), mode="bilinear", antialias=False)
+        finally:
+            torch.set_num_threads(num_threads)
+        expected = resized.round().to(torch.uint8)[0].permute(1, 2, 0)
+        assert torch.equal(resize_frame(frame, height, width, "bilinear_plain"), expected)
+
+
+def test_crops_of_one_canvas_resize_a_frame_once(monkeypatch):
+    sizes = []
+
+    def counted(rgb, height, width, resample):
+        sizes.append((height, width))
+        return resize_frame(rgb, height, width, resample)
+
+    monkeypatch.setattr("filmstrip.media.patches.resize_frame", counted)
+    views = (View(8, 8, 8, 8), View(8, 8, 8, 12), View(8, 8, 8, 12, left=-4))
+    plan = FramePlan((0,), 8, 12, PatchLayout(4, 1, 1), views, "bilinear_plain", 12)
+    frame = np.random.default_rng(7).integers(0, 256, (30, 44, 3), np.uint8)
+    rows = write_patches(lambda _: frame, plan, 1).array.reshape(3, 2, 2, 3, 4, 4)
+    assert sizes == [(8, 8), (8, 12)]
+    np.testing.assert_array_equal(rows[1, :, 1], rows[2, :, 0])
+
+
 def test_views_of_a_frame_follow_each_other():
     views = (View(16, 24, 16, 24), View(8, 8, 8, 8), View(16, 8, 10, 8, 3))
     plan = FramePlan((0, 1, 2), 16, 24, PatchLayout(8, 1, 1), views, "bilinear", 27)

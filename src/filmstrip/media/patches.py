@@ -19,7 +19,7 @@ from filmstrip.types import FramePlan, Resample, View
 
 
 def resize_frame(rgb: np.ndarray, height: int, width: int, resample: Resample = "bicubic") -> torch.Tensor:
-    """Antialiased resize of a uint8 (H, W, 3) frame; uint8 (height, width, 3).
+    """Resize of a uint8 (H, W, 3) frame; uint8 (height, width, 3).
 
     PyTorch's fixed-point kernel on channels-last uint8 is the one that torchvision's ``resize`` runs on CPU, so the result
     is bit-equal to the reference processors'. The kernel is single-threaded per image and releases the GIL.
@@ -27,14 +27,52 @@ def resize_frame(rgb: np.ndarray, height: int, width: int, resample: Resample = 
     frame = torch.from_numpy(np.require(rgb, requirements=["C", "W"]))  # torch takes no read-only array
     if rgb.shape[:2] == (height, width):
         return frame
+    if resample == "bilinear_plain":
+        return torch.from_numpy(_resize_plain(rgb, height, width))
     channels_first = frame.permute(2, 0, 1).unsqueeze(0)
     resized = F.interpolate(channels_first, (height, width), mode=resample, antialias=True, align_corners=False)
     return resized.squeeze(0).permute(1, 2, 0)
 
 
+def _resize_plain(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear without antialiasing, computed in float32 and rounded: uint8 (height, width, 3).
+
+    The reference resizes floats, by a kernel of PyTorch's that rounds elsewhere where there is but one thread, as there is
+    here. These are the steps of the other one, which is taken for sizes of more than 128 rows and columns together.
+    """
+    top, bottom, above, below = _neighbours(rgb.shape[0], height)
+    left, right, before, behind = _neighbours(rgb.shape[1], width)
+    rows, place = np.unique(np.concatenate([top, bottom]), return_inverse=True)
+    pixels = rgb[rows].astype(np.float32)
+    across = _fused(pixels[:, left], before[:, None], pixels[:, right] * behind[:, None])
+    upper, lower = across[place[:height]], across[place[height:]]
+    values = _fused(upper, above[:, None, None], lower * below[:, None, None])
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+def _neighbours(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Between which two of ``size`` pixels each of ``new_size`` lies, and what they weigh in it, float32."""
+    scale = np.float64(np.float32(size) / np.float32(new_size))
+    places = np.maximum((scale * (np.arange(new_size) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    first = np.minimum(places.astype(np.int64), size - 1)
+    weight = (places - first.astype(np.float32)).clip(0, 1)
+    return first, np.minimum(first + 1, size - 1), np.float32(1) - weight, weight
+
+
+def _fused(factor: np.ndarray, other: np.ndarray, term: np.ndarray) -> np.ndarray:
+    """``factor * other + term`` of float32, rounded once."""
+    product = np.multiply(factor, other, dtype=np.float64)
+    product += term
+    return product.astype(np.float32)
+
+
 def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
     """What ``view`` shows of a uint8 (H, W, 3) frame (or of a view before it): uint8 (view.height, view.width, 3)."""
-    resized = resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy()
+    return _lay(resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy(), view)
+
+
+def _lay(resized: np.ndarray, view: View) -> np.ndarray:
+    """The canvas of ``view`` with a frame of its resized size on it."""
     if resized.shape[:2] == (view.height, view.width) and (view.top, view.left) == (0, 0):
         return resized
     canvas = np.full((view.height, view.width, 3), view.fill, np.uint8)
@@ -83,10 +121,17 @@ class PatchWriter:
         group, slot = divmod(position, layout.temporal_patch_size)
         is_last = position == len(plan.frame_indices) - 1
         canvas = rgb
+        resized: dict[tuple[int, int], np.ndarray] = {}  # crops of one canvas share it
         for view, target in self._targets:
             tile_rows, tile_columns, rows, columns = target.shape[1:5]
             shape = (tile_rows, rows, merge, size, tile_columns, columns, merge, size, 3)
-            canvas = draw_view(canvas if view.of_previous else rgb, view, plan.resample)
+            if view.of_previous:
+                canvas = draw_view(canvas, view, plan.resample)
+            else:
+                resized_size = (view.resized_height, view.resized_width)
+                if resized_size not in resized:
+                    resized[resized_size] = resize_frame(rgb, *resized_size, plan.resample).numpy()
+                canvas = _lay(resized[resized_size], view)
             patches = canvas.reshape(shape).transpose(0, 4, 1, 5, 2, 6, 8, 3, 7)
             for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
                 # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from
