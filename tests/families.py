@@ -125,6 +125,7 @@ _VL = {"batch": "test_in_a_batch_of_eight", "prefix": "test_after_a_prefix_hit",
 _HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
 _QWEN2_VL = "tests/parity/test_qwen2_vl.py"
 _RUN = {"batch": "test_in_a_batch", "prefix": "test_after_a_prefix_hit"}
+_MOLMO2 = "tests/parity/test_molmo2.py"
 _GLM_V = "tests/parity/test_glm_v.py"
 _OMNI = "tests/parity/test_omni.py"
 _OMNI_TESTS = _RUN | {"prompts": f"{_OMNI}::test_prompts["}
@@ -169,6 +170,11 @@ FAMILIES = (
         *("MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", _MINICPM_V, "minicpm_v"),
         **_HYBRID,
         prompts=f"{_MINICPM_V}::test_prompts[minicpm_v",
+    ),
+    _with_vision(
+        *("Molmo 2", "Molmo2ForConditionalGeneration", _MOLMO2, "molmo2"),
+        **_RUN,
+        prompts=f"{_MOLMO2}::test_prompts[molmo2",
     ),
     _with_tiles("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "llava_next", video=False),
     _with_tiles("DeepSeek-VL", "DeepseekVLForConditionalGeneration", "deepseek_vl", video=False),

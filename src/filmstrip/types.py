@@ -32,8 +32,8 @@ class Modality(str, Enum):
 
 FinishReason = Literal["stop", "length", "abort"]
 ProgressStage = Literal["fetch", "decode", "queue", "prefill", "generate"]
-Resample = Literal["bicubic", "bilinear"]
-"""How frames are resized, always with antialiasing."""
+Resample = Literal["bicubic", "bilinear", "bilinear_plain"]
+"""How frames are resized: with antialiasing, or between the four nearest pixels alone (``bilinear_plain``)."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,10 @@ class MediaFeature:
 
     Of a time series ``patches`` are float32 samples (num_samples, num_channels), normalised already (``normalization`` is
     None) and in one segment; ``hop`` is how many samples lie between the beginnings of its windows.
+
+    ``pooling`` is int32 (tokens of a segment, patches) where tokens are pooled from patches: for each token which patch rows
+    of its segment, -1 for none; a token with none at all (the end of a row) shows nothing of the picture. It follows from
+    the plan, so ``media_hash`` covers it.
     """
 
     modality: Modality
@@ -324,6 +328,7 @@ class MediaFeature:
     source_size: tuple[int, int] = (0, 0)
     hop: int = 0
     segment_grids: tuple[tuple[int, int], ...] = ()
+    pooling: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,17 @@ def test_a_time_series_arrives_as_it_was_sent(connections):
     assert vars(got) | {"patches": 0} == vars(item) | {"patches": 0}
 
 
+def test_how_tokens_are_pooled_arrives_as_it_was_sent(connections):
+    left, right = connections
+    pooling = np.array([[-1, -1], [0, 2], [1, -1], [-1, -1]], np.int32)
+    item = dataclasses.replace(feature(3, num_segments=2, length=4), pooling=pooling)
+    send(left, *messages.add_request("a", prompt(20, item), SamplingParams(), ()))
+    payload, descriptors = channel.FrameReader(right).read()
+    (got,) = messages.processed_prompt(messages.decode_to_engine(payload), descriptors).features
+    np.testing.assert_array_equal(got.pooling, pooling)
+    assert got.pooling.dtype == np.int32
+
+
 def test_a_prompt_without_positions_and_media(connections):
     left, right = connections
     send(left, *messages.add_request("a", prompt(5, mrope=False), SamplingParams(), ()))

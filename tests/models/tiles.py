@@ -56,11 +56,16 @@ def save(
     fields: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
     seed: int,
+    *,
+    vocab_size: int | None = None,
 ) -> str:
-    """Write a random checkpoint of ``architecture`` with the configuration ``fields`` and the JSON ``files``."""
+    """Write a random checkpoint of ``architecture`` with the configuration ``fields`` and the JSON ``files``.
+
+    The vocabulary has room to spare unless ``vocab_size`` says where it ends.
+    """
     ids = tokenizer.get_vocab()
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    size = {"vocab_size": -(-len(tokenizer) // 64) * 64 + 64}
+    size = {"vocab_size": vocab_size or -(-len(tokenizer) // 64) * 64 + 64}
     model_class: Any = getattr(transformers, architecture)
     text = {**TEXT, **fields.get("text_config", {}), **size, **ends}
     model = model_class(model_class.config_class(**{**fields, "text_config": text}))

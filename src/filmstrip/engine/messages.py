@@ -28,7 +28,10 @@ from filmstrip.types import (
 
 
 class Feature(msgspec.Struct):
-    """A media feature without its pixels, whose descriptor travels beside the message."""
+    """A media feature without its pixels, whose descriptor travels beside the message.
+
+    ``pooling`` is int32 (tokens of a segment, patches) in C order, or empty.
+    """
 
     modality: str
     shape: tuple[int, int]
@@ -40,6 +43,7 @@ class Feature(msgspec.Struct):
     hop: int
     dtype: Literal["uint8", "float32"]
     segment_grids: tuple[tuple[int, int], ...]
+    pooling: bytes = b""
 
 
 class Start(msgspec.Struct, tag="start"):
@@ -139,6 +143,7 @@ def add_request(
             feature.hop,
             "float32" if feature.modality is Modality.TIME_SERIES else "uint8",
             feature.segment_grids,
+            b"" if feature.pooling is None else np.ascontiguousarray(feature.pooling, np.int32).tobytes(),
         )
         for feature in prompt.features
     ]
@@ -172,12 +177,21 @@ def processed_prompt(message: AddRequest, descriptors: list[int]) -> ProcessedPr
                     feature.source_size,
                     feature.hop,
                     feature.segment_grids,
+                    _pooling(feature),
                 )
             )
     finally:
         close_all(owned)
     positions = np.frombuffer(message.positions, message.positions_dtype).reshape(3, -1) if message.positions else None
     return ProcessedPrompt(message.token_ids, tuple(features), positions, message.position_delta)
+
+
+def _pooling(feature: Feature) -> np.ndarray | None:
+    """The table of a feature's message; ValueError if it does not fit the first segment."""
+    if not feature.pooling:
+        return None
+    num_tokens = feature.segments[0][1] if feature.segments else 0
+    return np.frombuffer(bytearray(feature.pooling), np.int32).reshape(num_tokens, -1)
 
 
 def frame_parts(message: ToEngine | ToClient, descriptors: list[int]) -> list[tuple[bytes, Sequence[int]]]:

@@ -106,4 +106,5 @@ def _encoder_input(run: list[Segment]) -> EncoderInput:
         source_size=feature.source_size,
         hop=feature.hop,
         segment_grids=segment_grids,
+        pooling=None if feature.pooling is None else torch.from_numpy(feature.pooling),
     )

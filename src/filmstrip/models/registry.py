@@ -30,6 +30,7 @@ _MODEL_CLASSES = {
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "MllamaForConditionalGeneration": "filmstrip.models.mllama:MllamaModel",
     "Phi4MultimodalForCausalLM": "filmstrip.models.phi4_multimodal:Phi4MultimodalModel",
+    "Molmo2ForConditionalGeneration": "filmstrip.models.molmo2:Molmo2Model",
     "Qwen2ForCausalLM": "filmstrip.models.text:TextModel",
     "Qwen2VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",
     "Qwen2_5_VLForConditionalGeneration": "filmstrip.models.qwen_vl:QwenVLModel",

@@ -75,7 +75,7 @@ class VisionTextModel:
         placements = sorted(batch.placements, key=lambda placement: placement.start)
         rows = media_rows(placements, batch.num_tokens)
         hidden_states = self._language_model(
-            inputs_embeds=embed_rows(self._language_model.embed_tokens, batch.token_ids, placements, rows).unsqueeze(0),
+            inputs_embeds=self._embed(batch.token_ids, placements, rows).unsqueeze(0),
             position_ids=batch.positions[:1],
             use_cache=False,
             **self._begin(batch, placements),
@@ -87,11 +87,21 @@ class VisionTextModel:
         """The text model without its head, and the head."""
         return module.model.language_model, module.lm_head
 
+    def _embed(
+        self, token_ids: torch.Tensor, placements: Sequence[EmbeddingPlacement], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows of the text model's input, (N, hidden_size); ``rows`` is what :func:`media_rows` says of ``placements``."""
+        return embed_rows(self._language_model.embed_tokens, token_ids, placements, rows)
+
     def _begin(self, batch: Batch, placements: Sequence[EmbeddingPlacement]) -> dict[str, Any]:
         """What the layers need to know of the step, as keyword arguments."""
-        return {"paged_step": self._attention.begin(batch, self._spans(placements))}
+        return {"paged_step": self._attention.begin(batch, self._spans(batch, placements))}
 
-    def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:  # noqa: ARG002 - for other families
+    def _spans(
+        self,
+        batch: Batch,  # noqa: ARG002 - for other families
+        placements: Sequence[EmbeddingPlacement],  # noqa: ARG002
+    ) -> list[Span]:
         """Media whose tokens see each other both ways; none here."""
         return []
 
@@ -145,7 +155,7 @@ class Gemma3Model(VisionTextModel):
         """Wrap ``module``, a Transformers ``Gemma3ForConditionalGeneration`` whose text attention is paged."""
         super().__init__(module, attention, dataclasses.replace(info, whole_segments=True))
 
-    def _spans(self, placements: Sequence[EmbeddingPlacement]) -> list[Span]:
+    def _spans(self, batch: Batch, placements: Sequence[EmbeddingPlacement]) -> list[Span]:  # noqa: ARG002
         spans = []
         for placement in placements:
             if placement.segment_end is None:

@@ -6,7 +6,7 @@ Media stand in the prompt by range, never by token id: what a user types can nei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,9 @@ class Placeholder:
     """One media segment in the prompt: ``height * width`` tokens of ``token_id`` for item number ``item``.
 
     ``time`` is its place on the temporal axis, counted from where its item begins; it may lie between two tokens' places.
+
+    ``token_ids`` are the tokens where they are not all alike, in one row; ``pooling`` then is what
+    :class:`filmstrip.types.MediaFeature` says of it.
     """
 
     item: int
@@ -25,6 +28,8 @@ class Placeholder:
     height: int
     width: int
     time: float = 0
+    token_ids: tuple[int, ...] = ()
+    pooling: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def length(self) -> int:
@@ -46,6 +51,10 @@ class Assembled:
         """Ranges of one item's segments, in order."""
         return tuple(PlaceholderRange(offset, p.length) for offset, p in self.placed if p.item == item)
 
+    def pooling(self, item: int) -> np.ndarray | None:
+        """How tokens of one item's segments are pooled, the same for all of them; None where they are not."""
+        return next((p.pooling for _, p in self.placed if p.item == item), None)
+
 
 def assemble(pieces: Sequence[Piece], encode_text: Callable[[str], list[int]]) -> Assembled:
     """Encode text pieces (neighbours as one, as a tokenizer would see them) and lay out placeholders."""
@@ -65,7 +74,7 @@ def assemble(pieces: Sequence[Piece], encode_text: Callable[[str], list[int]]) -
         flush()
         if isinstance(piece, Placeholder):
             placed.append((len(token_ids), piece))
-            token_ids.extend([piece.token_id] * piece.length)
+            token_ids.extend(piece.token_ids or [piece.token_id] * piece.length)
         else:
             token_ids.append(piece)
     flush()

@@ -28,7 +28,6 @@ from filmstrip.types import (
     MediaItem,
     MediaRecord,
     Modality,
-    PlaceholderRange,
     ProcessedPrompt,
     Progress,
     ProgressStage,
@@ -184,7 +183,7 @@ class PromptBuilder:
             for item, shown in zip(planned, ready, strict=True):
                 item.media = shown.media
             assembled = await asyncio.to_thread(self._assemble_checked, pieces, planned, max_model_len)
-        features = tuple(self._feature(item, assembled.segments(i)) for i, item in enumerate(ready))
+        features = tuple(self._feature(item, assembled, i) for i, item in enumerate(ready))
         records = tuple(
             _record(item, feature, cached=before.processed is not None, notes=before.notes)
             for item, feature, before in zip(ready, features, planned, strict=True)
@@ -192,8 +191,8 @@ class PromptBuilder:
         positions, delta = self._processor.positions(assembled)
         return ProcessedPrompt(assembled.token_ids, features, positions, delta, records)
 
-    def _feature(self, item: ProcessedMedia, segments: tuple[PlaceholderRange, ...]) -> MediaFeature:
-        modality = item.media.modality
+    def _feature(self, item: ProcessedMedia, assembled: Assembled, number: int) -> MediaFeature:
+        modality, segments = item.media.modality, assembled.segments(number)
         if isinstance(item.metadata, TimeSeriesMetadata):
             hop = item.media.series.hop
             return MediaFeature(modality, item.patches, (1, 1, 1), None, item.media_hash, segments, hop=hop)
@@ -207,6 +206,7 @@ class PromptBuilder:
             segments,
             source_size=(item.metadata.height, item.metadata.width),
             segment_grids=plan.segment_grids,
+            pooling=assembled.pooling(number),
         )
 
     def _assemble(self, pieces: list[str | int], media: Sequence[PlannedMedia]) -> Assembled:

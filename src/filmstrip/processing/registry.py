@@ -36,6 +36,7 @@ _PROCESSORS = {
     "MistralForCausalLM": _TEXT,
     "MllamaForConditionalGeneration": ("filmstrip.processing.mllama", "MllamaProcessor"),
     "Phi4MultimodalForCausalLM": ("filmstrip.processing.phi4_multimodal", "Phi4MultimodalProcessor"),
+    "Molmo2ForConditionalGeneration": ("filmstrip.processing.molmo2", "Molmo2Processor"),
     "Qwen2ForCausalLM": _TEXT,
     "Qwen2VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen2VLProcessor"),
     "Qwen2_5_VLForConditionalGeneration": ("filmstrip.processing.qwen2_vl", "Qwen25VLProcessor"),
