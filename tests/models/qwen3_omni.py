@@ -95,7 +95,10 @@ _PREPROCESSOR = {
 
 
 def make_qwen3_omni(path: Path, *, seed: int = 18) -> str:
-    """Write a random Qwen3-Omni checkpoint into ``path``: thinker, talker and code2wav, named as in the published ones."""
+    """Write a random Qwen3-Omni checkpoint into ``path``: thinker, talker and code2wav, as the published ones are.
+
+    Names of weights, one for each expert, and fields of the configuration are theirs.
+    """
     tokenizer = _tokenizer()
     ids = tokenizer.get_vocab()
     config = Qwen3OmniMoeConfig(
@@ -106,6 +109,11 @@ def make_qwen3_omni(path: Path, *, seed: int = 18) -> str:
         im_end_token_id=ids["<|im_end|>"],
     )
     _save(path, Qwen3OmniMoeForConditionalGeneration(config), tokenizer, seed)
+    fields = json.loads((path / "config.json").read_text())
+    text = fields["thinker_config"]["text_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"interleaved": True, "type": "default"}}
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return str(path)
 
 
