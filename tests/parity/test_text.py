@@ -118,6 +118,11 @@ def test_from_messages_to_words(architecture, tmp_path):
         assert refused.value.param == "messages[0].content[0].video_url.url"
 
 
+def _longrope(head_dim):
+    factors = {"short_factor": [1.0] * (head_dim // 2), "long_factor": [2.0] * (head_dim // 2)}
+    return {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256, **factors}
+
+
 @pytest.mark.parametrize(
     ("architecture", "fields", "named"),
     [
@@ -127,17 +132,13 @@ def test_from_messages_to_words(architecture, tmp_path):
             "Gemma3ForCausalLM",
             {
                 "rope_parameters": {
-                    "full_attention": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+                    "full_attention": _longrope(32),
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
                 }
             },
-            "'dynamic'",
+            "'longrope'",
         ),
-        (
-            "LlamaForCausalLM",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
-            "'dynamic'",
-        ),
+        ("LlamaForCausalLM", {"rope_parameters": _longrope(16)}, "'longrope'"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_not_loaded(tmp_path, architecture, fields, named):

@@ -16,8 +16,10 @@ from filmstrip.models.checkpoint import Checkpoint
 from filmstrip.models.devices import make_attention
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention
 
-_ROPE_TYPES_OF_LENGTH = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that change with the longest position at hand, which in a packed batch is another request's."""
+_ROPE_TYPES_OF_LENGTH = frozenset({"longrope"})
+"""Rotary embeddings that change with the longest position at hand, which in a packed batch is another request's.
+
+Those of the type "dynamic" change only beyond ``max_position_embeddings``, which no request may exceed."""
 
 
 class TextModel:
