@@ -25,7 +25,8 @@ MEDIA = ("text", "image", "video", "mixed")
 class Family:
     """``proofs``: for each column the tests, ``file::function[parameters`` as far as they tell them from others'.
 
-    ``not_for`` are columns that do not apply: the family does not take such media.
+    ``not_for`` are columns that do not apply: the family does not take such media. A family without proofs is known, but not
+    served.
     """
 
     name: str
@@ -47,11 +48,13 @@ def _with_vision(name: str, architecture: str, file: str, case: str, **others: s
     return Family(name, (architecture,), proofs)
 
 
-def _with_tiles(name: str, architecture: str, *cases: str, video: bool) -> Family:
-    """A family of ``test_tiles.py``, whose conversations have videos if it takes them."""
+def _with_tiles(
+    name: str, architecture: str, *cases: str, video: bool, file: str = "tests/parity/test_tiles.py"
+) -> Family:
+    """A family of ``test_tiles.py`` or another ``file`` with its tests; its conversations have videos if it takes them."""
 
     def tests(*names: str) -> tuple[str, ...]:
-        return tuple(f"{_TILES}::{name}".format(case) for name in names for case in cases)
+        return tuple(f"{file}::{name}".format(case) for name in names for case in cases)
 
     proofs = dict.fromkeys(MEDIA if video else ("text", "image"), tests("test_alone[{}]", "test_prompts[{}]"))
     proofs |= {
@@ -120,7 +123,7 @@ def _text_only(name: str, architecture: str, file: str, prefix: str) -> Family:
 
 _ENGINE, _PROMPT = "tests/parity/test_engine.py", "tests/parity/test_prompt.py::test_prompt_parity["
 _QWEN3_5, _NEXT, _TEXT = (f"tests/parity/test_{name}.py" for name in ("qwen3_5", "qwen3_next", "text"))
-_TILES = "tests/parity/test_tiles.py"
+_FORMATS = "tests/parity/test_formats.py"
 _VL = {"batch": "test_in_a_batch_of_eight", "prefix": "test_after_a_prefix_hit", "prompts": _PROMPT}
 _HYBRID = {"batch": "test_in_a_batch", "prefix": "test_from_kept_states"}
 _QWEN2_VL = "tests/parity/test_qwen2_vl.py"
@@ -183,6 +186,33 @@ FAMILIES = (
     _phi4(),
     _with_tiles("LLaVA", "LlavaForConditionalGeneration", "llava", "llava_siglip", video=False),
     _mllama(),
+    _with_tiles(
+        "Intern-S1",
+        "InternS1ForConditionalGeneration",
+        "interns1_qwen3",
+        "interns1_qwen3_moe",
+        video=True,
+        file=_FORMATS,
+    ),
+    _with_tiles(
+        "InternVL, original",
+        "InternVLChatModel",
+        "internvl_chat_qwen2",
+        "internvl_chat_qwen3_moe",
+        video=True,
+        file=_FORMATS,
+    ),
+    _with_tiles(
+        "LLaVA and Yi-VL, original",
+        "LlavaLlamaForCausalLM",
+        "llava_llama",
+        "llava_llama_anyres",
+        "yi_vl",
+        video=False,
+        file=_FORMATS,
+    ),
+    _with_tiles("LLaVA, original", "LlavaMistralForCausalLM", "llava_mistral", video=False, file=_FORMATS),
+    _with_tiles("LLaVA, original", "LlavaQwenForCausalLM", "llava_qwen", video=False, file=_FORMATS),
     _text_only("Qwen3.5, text only", "Qwen3_5ForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3.5-MoE, text only", "Qwen3_5MoeForCausalLM", _NEXT, "test_from_a_kept_state"),
     _text_only("Qwen3-Next", "Qwen3NextForCausalLM", _NEXT, "test_from_a_kept_state"),
@@ -193,6 +223,12 @@ FAMILIES = (
     _text_only("Llama 4, text only", "Llama4ForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Llama", "LlamaForCausalLM", _TEXT, "test_after_a_prefix_hit"),
     _text_only("Mistral", "MistralForCausalLM", _TEXT, "test_after_a_prefix_hit"),
+    Family("CogVLM2", ("CogVLMForCausalLM", "CogVLMVideoForCausalLM"), {}),
+    Family("GLM-4V-9B", ("ChatGLMForConditionalGeneration", "ChatGLMModel"), {}),
+    Family("DeepSeek-VL2", ("DeepseekVLV2ForCausalLM",), {}),
+    Family("InternLM-XComposer2", ("InternLMXComposer2ForCausalLM",), {}),
+    Family("Phi-3-vision", ("Phi3VForCausalLM",), {}),
+    Family("Qwen-VL", ("QWenLMHeadModel",), {}),
 )
 
 

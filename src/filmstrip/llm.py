@@ -85,6 +85,8 @@ class AsyncLLM:
         """The checkpoint's own sampling (``generation_config.json``), with what is given here instead."""
         theirs = self._prompts.generation_config
         ours = {name: theirs[name] for name in _GENERATION_DEFAULTS if theirs.get(name) is not None}
+        if theirs.get("stop_strings"):
+            ours["stop"] = theirs["stop_strings"]
         if not theirs.get("do_sample", True):
             ours["temperature"] = 0.0
         return SamplingParams(**{**ours, **overrides})

@@ -175,7 +175,8 @@ class View:
 
     The frame is resized to ``resized_height`` x ``resized_width`` and its upper left corner laid at (``top``, ``left``),
     which may be negative: what sticks out is cut off. The rest of the canvas has the colour ``fill``, 0 to 255 in all
-    channels or in each. With ``of_previous`` the canvas of the view before this one stands in for the frame.
+    channels or in each. With ``square_color`` bars of that color (RGB) make the frame a square before it is resized; with
+    ``of_previous`` the canvas of the view before this one stands in for the frame.
 
     ``tiles`` are the rows and columns of equal tiles that the canvas is divided into where the model sees each tile for
     itself: each is a segment, and its patches lie together. None where it sees all views of a frame together.
@@ -188,6 +189,7 @@ class View:
     top: int = 0
     left: int = 0
     fill: int | tuple[int, int, int] = 0
+    square_color: tuple[int, int, int] | None = None
     of_previous: bool = False
     tiles: tuple[int, int] | None = None
 

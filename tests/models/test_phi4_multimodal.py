@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from filmstrip.config import EngineConfig
 from filmstrip.errors import ModelLoadError
+from filmstrip.formats.registry import check_format
 from filmstrip.models.loader import load_model
 from filmstrip.models.lora import AdaptedLinear, Adapter
-from filmstrip.models.registry import find_architecture
 from tests.models.phi4_multimodal import add_adapter, make_phi4_multimodal
 
 
@@ -38,13 +38,13 @@ def load(path) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("Phi3VForCausalLM", "Phi-3-vision exists only as code .* never run; .* are Phi4MultimodalForCausalLM and"),
+        ("Phi3VForCausalLM", "Phi-3-vision.*, which is not supported: .* never run.* Phi4MultimodalForCausalLM"),
         ("Phi4MMForCausalLM", "format of a first release.* that name Phi4MultimodalForCausalLM"),
     ],
 )
 def test_what_needs_code_of_the_checkpoint_is_refused(architecture, message):
     with pytest.raises(ModelLoadError, match=rf"'some/model' has the architecture {architecture}, .*{message}"):
-        find_architecture([architecture], "some/model")
+        check_format({"architectures": [architecture]}, "some/model")
 
 
 def test_without_an_adapter_pictures_are_answered_and_the_log_says_so(plain, caplog):

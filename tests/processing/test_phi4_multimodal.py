@@ -29,7 +29,8 @@ def plan(path, height, width, max_pixels=None):
 
 def test_phi_3_vision_is_refused_with_the_nearest_models(path, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Phi3VForCausalLM"]}))
-    with pytest.raises(ModelLoadError, match=r"Phi3VForCausalLM, which is not supported: .* models are Phi4Multimodal"):
+    message = r"Phi3VForCausalLM \(Phi-3-vision\), which is not supported: .* one is Phi4Multimodal"
+    with pytest.raises(ModelLoadError, match=message):
         create_processor(Tokenizer(path), CheckpointFiles(str(tmp_path)), ProcessorConfig(), MediaConfig())
 
 

@@ -68,7 +68,14 @@ def _fused(factor: np.ndarray, other: np.ndarray, term: np.ndarray) -> np.ndarra
 
 def draw_view(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
     """What ``view`` shows of a uint8 (H, W, 3) frame (or of a view before it): uint8 (view.height, view.width, 3)."""
-    return _lay(resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy(), view)
+    return _lay(_resized(rgb, view, resample), view)
+
+
+def _resized(rgb: np.ndarray, view: View, resample: Resample) -> np.ndarray:
+    """The frame at the size that it has on the canvas of ``view``."""
+    if view.square_color is not None:
+        rgb = _pad_to_square(rgb, view.square_color)
+    return resize_frame(rgb, view.resized_height, view.resized_width, resample).numpy()
 
 
 def _lay(resized: np.ndarray, view: View) -> np.ndarray:
@@ -87,6 +94,18 @@ def _lay(resized: np.ndarray, view: View) -> np.ndarray:
         rows.start - view.top : rows.stop - view.top, columns.start - view.left : columns.stop - view.left
     ]
     return canvas
+
+
+def _pad_to_square(rgb: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """A uint8 (H, W, 3) frame between bars of ``color``, one pixel more at the end of an odd rest: uint8 (side, side, 3)."""
+    height, width, _ = rgb.shape
+    side = max(height, width)
+    if height == width:
+        return rgb
+    square = np.full((side, side, 3), color, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = rgb
+    return square
 
 
 class PatchWriter:
@@ -121,17 +140,17 @@ class PatchWriter:
         group, slot = divmod(position, layout.temporal_patch_size)
         is_last = position == len(plan.frame_indices) - 1
         canvas = rgb
-        resized: dict[tuple[int, int], np.ndarray] = {}  # crops of one canvas share it
+        resized: dict[tuple, np.ndarray] = {}  # crops of one canvas share it
         for view, target in self._targets:
             tile_rows, tile_columns, rows, columns = target.shape[1:5]
             shape = (tile_rows, rows, merge, size, tile_columns, columns, merge, size, 3)
             if view.of_previous:
                 canvas = draw_view(canvas, view, plan.resample)
             else:
-                resized_size = (view.resized_height, view.resized_width)
-                if resized_size not in resized:
-                    resized[resized_size] = resize_frame(rgb, *resized_size, plan.resample).numpy()
-                canvas = _lay(resized[resized_size], view)
+                key = (view.resized_height, view.resized_width, view.square_color)
+                if key not in resized:
+                    resized[key] = _resized(rgb, view, plan.resample)
+                canvas = _lay(resized[key], view)
             patches = canvas.reshape(shape).transpose(0, 4, 1, 5, 2, 6, 8, 3, 7)
             for each in range(slot, layout.temporal_patch_size if is_last else slot + 1):
                 # NumPy's copy: PyTorch's would start a team of threads in each thread that calls it, and can be kept from

@@ -6,7 +6,7 @@ Only safetensors are read and no code that comes with a checkpoint is ever run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from filmstrip.config import EngineConfig
 from filmstrip.errors import ModelLoadError
+from filmstrip.formats.registry import check_format
 from filmstrip.models.devices import DTYPES, resolve_device, resolve_dtype
 from filmstrip.models.registry import find_architecture, served_fields
 
@@ -34,12 +35,15 @@ class Checkpoint:
     dtype: torch.dtype
     block_size: int | None
 
-    def load_module(self, module_class: Any, **options: Any) -> Any:
+    def load_module(
+        self, module_class: Any, *, complete: Callable[[Any, list[str]], list[str]] | None = None, **options: Any
+    ) -> Any:
         """The Transformers module of ``module_class`` with this checkpoint's weights, in evaluation mode on the device.
 
-        ``options`` go to ``from_pretrained``. Raises :class:`ModelLoadError` when there are no safetensors, when weights
-        are missing or of a wrong shape (they would stay random) or when a file cannot be read. Weights the module has no
-        place for are named in the log.
+        ``options`` go to ``from_pretrained``. ``complete`` is called with the module and the names of the weights that are
+        not among the checkpoint's, sorted, if there are any; it may take them from elsewhere and returns those still
+        missing. Raises :class:`ModelLoadError` when there are no safetensors, when weights are missing or of a wrong shape
+        (they would stay random) or when a file cannot be read. Weights the module has no place for are named in the log.
         """
         try:
             module, info = module_class.from_pretrained(
@@ -55,6 +59,8 @@ class Checkpoint:
                 f"cannot load the weights of {self.model!r}: {_summary(error)}", param="model"
             ) from error
         missing = sorted(info["missing_keys"])
+        if missing and complete is not None:
+            missing = complete(module, missing)
         if missing:
             raise ModelLoadError(
                 f"{self.model!r} is incomplete: {len(missing)} weights of {self.architecture} are missing, among them "
@@ -79,6 +85,7 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     if _is_path(model):
         _check_directory(Path(model))
     fields = _read_config(model, config.revision)
+    check_format(fields, config.model)
     architecture = find_architecture(fields.get("architectures") or [], config.model)
     fields = served_fields(architecture, fields)
     if "quantization_config" in fields:

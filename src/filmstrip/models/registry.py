@@ -19,14 +19,19 @@ _MODEL_CLASSES = {
     "Glm4vMoeForConditionalGeneration": "filmstrip.models.qwen_vl:GlmVModel",
     "InternS1ProForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
     "InternS1_1_ForConditionalGeneration": "filmstrip.models.interns1_pro:InternS1ProModel",
+    "InternS1ForConditionalGeneration": "filmstrip.models.internvl_formats:InternS1Model",
+    "InternVLChatModel": "filmstrip.models.internvl_formats:InternVLChatModel",
     "InternVLForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
     "Llama4ForCausalLM": "filmstrip.models.llama4:Llama4Text",
     "Llama4ForConditionalGeneration": "filmstrip.models.llama4:Llama4Model",
     "LlamaForCausalLM": "filmstrip.models.text:TextModel",
     "LlavaForConditionalGeneration": "filmstrip.models.vision_text:VisionTextModel",
+    "LlavaLlamaForCausalLM": "filmstrip.models.llava_format:LlavaOriginalModel",
+    "LlavaMistralForCausalLM": "filmstrip.models.llava_format:LlavaOriginalModel",
     "LlavaNextForConditionalGeneration": "filmstrip.models.vision_text:LlavaNextModel",
     "LlavaOnevisionForConditionalGeneration": "filmstrip.models.vision_text:LlavaOnevisionModel",
     "MiniCPMV4_6ForConditionalGeneration": "filmstrip.models.minicpm_v:MiniCPMVModel",
+    "LlavaQwenForCausalLM": "filmstrip.models.llava_format:LlavaOriginalModel",
     "MistralForCausalLM": "filmstrip.models.text:TextModel",
     "MllamaForConditionalGeneration": "filmstrip.models.mllama:MllamaModel",
     "Phi4MultimodalForCausalLM": "filmstrip.models.phi4_multimodal:Phi4MultimodalModel",
@@ -51,17 +56,6 @@ _MODEL_CLASSES = {
 _SERVED_PARTS = {"Qwen3OmniMoeForConditionalGeneration": "thinker_config"}
 """Architectures made of several models -> the field of config.json that describes the one that is served."""
 
-_FIRST_RELEASES = {
-    "MultiModalityCausalLM": "deepseek-community/deepseek-vl-1.3b-chat and deepseek-community/deepseek-vl-7b-chat",
-    "Phi4MMForCausalLM": "revisions of microsoft/Phi-4-multimodal-instruct that name Phi4MultimodalForCausalLM",
-}
-"""Architecture of a model's first release -> checkpoints of it in Transformers' format, which is served."""
-
-_ONLY_CODE = {
-    "Phi3VForCausalLM": ("Phi-3-vision", "Phi4MultimodalForCausalLM and Qwen3VLForConditionalGeneration"),
-}
-"""Architecture that exists only as code beside the weights -> the model's name, and the nearest that are served."""
-
 
 def supported_architectures() -> list[str]:
     """Every architecture that can be served, sorted."""
@@ -76,7 +70,6 @@ def find_architecture(architectures: Sequence[str], model: str) -> str:
     for architecture in architectures:
         if architecture in _MODEL_CLASSES:
             return architecture
-    check_release(architectures, model)
     supported = supported_architectures()
     if not architectures:
         raise ModelLoadError(
@@ -91,27 +84,6 @@ def find_architecture(architectures: Sequence[str], model: str) -> str:
         f"Supported architectures: {', '.join(supported)}",
         param="model",
     )
-
-
-def check_release(architectures: Sequence[str], model: str) -> None:
-    """Raise :class:`ModelLoadError` if ``model`` is in the format of a first release that is served in another format.
-
-    Also if it is nothing without code that comes with it.
-    """
-    for architecture in architectures:
-        if architecture in _FIRST_RELEASES:
-            raise ModelLoadError(
-                f"{model!r} has the architecture {architecture}, the format of a first release, which is not supported; "
-                f"Transformers' format is, as in {_FIRST_RELEASES[architecture]}",
-                param="model",
-            )
-        if architecture in _ONLY_CODE:
-            name, nearest = _ONLY_CODE[architecture]
-            raise ModelLoadError(
-                f"{model!r} has the architecture {architecture}, which is not supported: {name} exists only as code that "
-                f"comes with the checkpoint, and that is never run; the nearest supported models are {nearest}",
-                param="model",
-            )
 
 
 def served_fields(architecture: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -30,15 +30,24 @@ class ChatTemplate:
     """Renders conversations with the template that came with the checkpoint."""
 
     def __init__(self, tokenizer: Tokenizer, files: CheckpointFiles) -> None:
-        """Find the template in the tokenizer, ``chat_template.jinja`` or ``chat_template.json``; ModelLoadError if none."""
+        """Find the template in the tokenizer, ``chat_template.jinja`` or ``chat_template.json``, else take the format's.
+
+        ModelLoadError if there is none.
+        """
         self._tokenizer = tokenizer
+        self._media_marks = files.translation.media_marks
         template = (
             tokenizer.hf.chat_template
             or files.text("chat_template.jinja")
             or files.json("chat_template.json").get("chat_template")
+            or files.translation.chat_template
         )
         if not template:
-            raise ModelLoadError(f"{files.model!r} has no chat template, so it cannot answer messages", param="model")
+            raise ModelLoadError(
+                f"{files.model!r} has no chat template, so it cannot answer messages; put one beside it as "
+                "chat_template.jinja",
+                param="model",
+            )
         self._template = template
         self._shows_parts_only = not self._shows(_PROBE) and self._shows(_as_parts(_PROBE))
         prefixes = {token[:end] for token in tokenizer.special_tokens for end in range(1, len(token))}
@@ -66,7 +75,7 @@ class ChatTemplate:
             messages = [{**message, "content": _as_parts(message.get("content"))} for message in messages]
         try:
             rendered = self._tokenizer.hf.apply_chat_template(
-                [self._protect(message, mark) for message in messages],
+                [self._join_parts(self._protect(message, mark)) for message in messages],
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -99,6 +108,19 @@ class ChatTemplate:
         if free is None:
             raise InvalidRequestError("messages use all Unicode noncharacters U+FDD0..U+FDEF", param="messages")
         return free
+
+    def _join_parts(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its content as one string, for formats whose templates take no list of parts."""
+        content = message.get("content")
+        if not self._media_marks or not isinstance(content, list):
+            return message
+        texts: list[str] = []
+        for part in content:
+            text = part["text"] if part["type"] == "text" else self._media_marks.get(part["type"])
+            if text is None:
+                raise InvalidRequestError(f"this model takes no {part['type'].replace('_', ' ')}", param="messages")
+            texts.append(text)
+        return message | {"content": "".join(texts)}
 
     def _protect(self, value: Any, mark: str) -> Any:
         if isinstance(value, str):

@@ -97,7 +97,7 @@ def view_of_checkpoint(config: LLMConfig) -> ModelView:
     """The view of a checkpoint's own files; raises ModelLoadError. No weights are read."""
     engine = config.engine
     files = CheckpointFiles(engine.model, engine.revision)
-    tokenizer = Tokenizer(engine.model, engine.revision)
+    tokenizer = Tokenizer(engine.model, engine.revision, files.translation.control_tokens)
     template = ChatTemplate(tokenizer, files)
     return ModelView(
         engine.model,

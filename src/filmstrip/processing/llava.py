@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers.image_processing_utils import select_best_resolution
@@ -20,6 +21,7 @@ from filmstrip.processing.placeholders import Piece, Placeholder
 from filmstrip.processing.tiles import (
     CLIP_MEAN,
     CLIP_STD,
+    PixelSettings,
     TileProcessor,
     image_section,
     parse_pixel_settings,
@@ -38,6 +40,7 @@ _CROPPED: dict[str, Any] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP | _CROPPED,
+    "LlavaImageProcessor": _CLIP | _CROPPED,
     "SiglipImageProcessor": {
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
@@ -83,7 +86,7 @@ class LlavaProcessor(TileProcessor):
         """One tile."""
         settings = self.settings[Modality.IMAGE]
         size = settings.size
-        view = _tile_view(metadata.height, metadata.width, settings.values, size)
+        view = _image_view(metadata.height, metadata.width, settings, size)
         num_tokens = (size // self._patch_size) ** 2 + self._num_extra
         return FramePlan((0,), size, size, settings.layout, (view,), settings.resample, num_tokens)
 
@@ -101,8 +104,11 @@ class LlavaProcessor(TileProcessor):
                 f"preprocessor_config.json names the image processor {name!r}; supported for this architecture are {known}",
                 param="model",
             )
-        if values.get("do_pad"):
-            raise ModelLoadError("preprocessor_config.json sets do_pad to True; only False is supported", param="model")
+        if values.get("do_pad") and name.removesuffix("Fast").removesuffix("Pil") != "LlavaImageProcessor":
+            raise ModelLoadError(
+                "preprocessor_config.json sets do_pad to True; only False is supported but for LlavaImageProcessor",
+                param="model",
+            )
         return parse_pixel_settings(values, defaults, "preprocessor_config.json", size_key=_size_key(defaults, values))
 
 
@@ -215,6 +221,15 @@ def _size_key(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """The setting that says how large a tile is in the end."""
     crops = values.get("do_center_crop")
     return "crop_size" if (defaults.get("do_center_crop") if crops is None else crops) else "size"
+
+
+def _image_view(height: int, width: int, settings: PixelSettings, size: int) -> View:
+    """An image as :func:`_tile_view`, before which bars of the mean color make it a square if the settings say so."""
+    if not settings.values.get("do_pad"):
+        return _tile_view(height, width, settings.values, size)
+    side = max(height, width)
+    red, green, blue = (int(value * 255) for value in settings.normalization.mean)
+    return replace(_tile_view(side, side, settings.values, size), square_color=(red, green, blue))
 
 
 def _tile_view(height: int, width: int, values: Mapping[str, Any], size: int) -> View:

@@ -85,7 +85,7 @@ class MllamaProcessor(TileProcessor):
         shape = (metadata.height, metadata.width)
         height, width = (int(side) for side in get_optimal_tiled_canvas(*shape, most, size))
         fitted = get_image_size_fit_to_canvas(*shape, height, width, size)
-        views = (View(height, width, *(int(side) for side in fitted)),)
+        views = (View(height, width, int(fitted[0]), int(fitted[1])),)
         return FramePlan((0,), height, width, settings.layout, views, settings.resample, num_embeddings=1)
 
     def item_pieces(self, item: int, media: PlannedMedia) -> Iterator[Piece]:  # noqa: ARG002 - one token for any image

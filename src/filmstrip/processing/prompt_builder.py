@@ -43,7 +43,7 @@ class PromptBuilder:
     def __init__(self, config: LLMConfig) -> None:
         """Load tokenizer, chat template and preprocessor settings; raises ModelLoadError."""
         files = CheckpointFiles(config.engine.model, config.engine.revision)
-        self.tokenizer = Tokenizer(config.engine.model, config.engine.revision)
+        self.tokenizer = Tokenizer(config.engine.model, config.engine.revision, files.translation.control_tokens)
         self.generation_config = files.json("generation_config.json")
         # Before the template: files of what cannot be served may have none, which is then not the reason.
         self._processor = create_processor(self.tokenizer, files, config.processor, config.media)

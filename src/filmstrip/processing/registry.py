@@ -8,7 +8,7 @@ from typing import Any
 
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import ModelLoadError
-from filmstrip.models.registry import check_release
+from filmstrip.formats.registry import translated_architectures
 from filmstrip.processing.base import Processor
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.tokenizer import Tokenizer
@@ -58,11 +58,10 @@ def create_processor(
     tokenizer: Tokenizer, files: CheckpointFiles, config: ProcessorConfig, media: MediaConfig
 ) -> Processor:
     """The processor for a checkpoint's architecture; raises ModelLoadError for one that is not supported."""
-    check_release(files.json("config.json").get("architectures") or [], files.model)
     architectures = files.json("config.json").get("architectures") or []
     name = next((name for name in architectures if name in _PROCESSORS), None)
     if name is None:
-        known = ", ".join(sorted(_PROCESSORS))
+        known = ", ".join(supported_models())
         raise ModelLoadError(
             f"{files.model!r} has the architecture {', '.join(architectures) or 'none'}; supported are {known}",
             param="model",
@@ -73,7 +72,8 @@ def create_processor(
 
 def supported_models() -> dict[str, frozenset[Modality]]:
     """Every architecture that can be served, sorted, and the media that it takes beside text."""
-    return {name: _processor_class(name).modalities for name in sorted(_PROCESSORS)}
+    alike = {name: name for name in _PROCESSORS} | translated_architectures()
+    return {name: _processor_class(alike[name]).modalities for name in sorted(alike)}
 
 
 def _processor_class(architecture: str) -> Any:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from filmstrip.errors import ModelLoadError
+from filmstrip.formats.source import Source
 
 _SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space."""
@@ -24,8 +26,11 @@ _SPACE_MARK = "\u2581"
 class Tokenizer:
     """A checkpoint's tokenizer, seen from both sides."""
 
-    def __init__(self, model: str, revision: str | None = None) -> None:
-        """Load from a directory or hub id; raises ModelLoadError."""
+    def __init__(self, model: str, revision: str | None = None, control_tokens: Sequence[str] = ()) -> None:
+        """Load from a directory or hub id; raises ModelLoadError.
+
+        ``control_tokens`` get ids behind all others where the tokenizer lacks them: no model has an embedding for those.
+        """
         try:
             self.hf: Any = _load(model, revision)
         except (OSError, ValueError, KeyError) as error:
@@ -33,6 +38,11 @@ class Tokenizer:
         backend = getattr(self.hf, "backend_tokenizer", None)
         if backend is None:
             raise ModelLoadError(f"{model!r} has no tokenizer.json (a fast tokenizer), which is needed", param="model")
+        # In a fixed order, so that ids are the same in every run.
+        missing = [token for token in control_tokens if token not in self.hf.get_vocab()]
+        self.hf.add_tokens(
+            [tokenizers.AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True
+        )
         # A copy of our own: the switch is a state of the tokenizer, and the shared one must keep its default.
         self._plain, self._begins_with_space = _without_opening_space(backend)
         self._plain.encode_special_tokens = True
@@ -105,14 +115,35 @@ class Tokenizer:
 
 
 def _load(model: str, revision: str | None) -> Any:
-    """Transformers' tokenizer; raises what Transformers raises."""
+    """Transformers' tokenizer; raises what Transformers raises, and ModelLoadError for one that only code can read."""
+    # Without the word on remote code Transformers would ask on the terminal whether to run it.
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    kind: Any = PreTrainedTokenizerFast if _needs_code(model, revision) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True)
+        return kind.from_pretrained(model, **options)
     except StrictDataclassError:
         # A field of config.json is of another type than Transformers declares by now. Whoever reads that field judges it;
         # of a plain configuration, which AutoTokenizer falls back to for other faults, it takes the model's type alone.
         config = PreTrainedConfig.from_pretrained(model, revision=revision or "main")
-        return AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, config=config)
+        return kind.from_pretrained(model, config=config, **options)
+
+
+def _needs_code(model: str, revision: str | None) -> bool:
+    """Whether the tokenizer's class comes with the checkpoint, which is never run: its tokenizer.json can be read without.
+
+    ModelLoadError if there is no such file.
+    """
+    source = Source(model, revision)
+    code = (source.json("tokenizer_config.json").get("auto_map") or {}).get("AutoTokenizer")
+    if not code:
+        return False
+    if source.text("tokenizer.json") is None:
+        raise ModelLoadError(
+            f"the tokenizer of {model!r} is code that comes with the checkpoint, which is never run; put a tokenizer.json "
+            "(a fast tokenizer) beside it",
+            param="model",
+        )
+    return True
 
 
 def _without_opening_space(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
