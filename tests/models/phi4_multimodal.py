@@ -16,7 +16,7 @@ from tests.models.tiles import VISION, tokenizer_with
 ORIGINAL_LEN = 1024
 """``original_max_position_embeddings``: longer requests have the long factors."""
 CROP_SIZE, PATCH_SIZE, MAX_CROPS = 224, 7, 6
-RANK, ALPHA = 4, 24
+RANK, ALPHA = 4, 8
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 64,

@@ -114,7 +114,7 @@ def test_pickled_adapters_are_refused(copy):
 @pytest.mark.parametrize(
     "rename", [lambda n: n.removeprefix("base_model.model."), lambda n: n.replace("A.", "A.vision.")]
 )
-@pytest.mark.parametrize(("rslora", "scaling"), [(False, 6.0), (True, 12.0)])
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 2.0), (True, 4.0)])
 def test_names_and_scaling(copy, rename, rslora, scaling):
     add_adapter(copy, use_rslora=rslora)
     file = copy / "vision-lora" / "adapter_model.safetensors"
