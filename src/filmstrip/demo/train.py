@@ -84,7 +84,7 @@ _FEW_GROUPS = 5
 _EMPTINESS = 4
 """The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
-_OF_ONE_SHARE = 0.35
+_OF_ONE_SHARE = 0.6
 """Of the questions about two videos whose answer is one of them: those about both are rare, and as hard to learn."""
 _GLIMPSED_SHARE = 0.5
 _QUERY_KEY_SCALE = 1.5
