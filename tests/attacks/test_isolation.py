@@ -17,7 +17,8 @@ CODES = {
 
 @pytest.fixture(scope="module")
 def faulty_server(qwen3_vl_dir, clip, tmp_path_factory):
-    limits = {"decode_timeout_seconds": 2.0, "max_decode_memory_gb": 0.25}
+    # Long enough for a busy machine to see memory eaten, short enough to wait for those that hang.
+    limits = {"decode_timeout_seconds": 5.0, "max_decode_memory_gb": 0.25}
     folder = tmp_path_factory.mktemp("attack-faults")
     with AttackedServer(qwen3_vl_dir, None, clip, folder, faults="tests.media.faults", **limits) as server:
         yield server

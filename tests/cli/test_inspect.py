@@ -327,7 +327,7 @@ def test_frames_sampled_by_the_client(found):
         (["CLIP", "--start", "2", "--end", "1"], 2, "--start-seconds"),
         (["CLIP", "--num-frames", "many"], 2, "invalid int value"),
         (["CLIP", "--start", "9"], 1, "the clip is 3.000 s long"),
-        (["CLIP", "--model", "/nowhere/at/all"], 1, "cannot load the tokenizer of '/nowhere/at/all'"),
+        (["CLIP", "--model", "/nowhere/at/all"], 1, "cannot read config.json of '/nowhere/at/all'"),
         (["TEXT"], 1, "text or web page"),
         (["http://127.0.0.1:9/clip.mp4"], 1, "public"),
         ([], 2, "required"),
