@@ -20,9 +20,6 @@ GRID = (
 """Names of the nine parts of a picture, by row and column."""
 
 ORDINALS = ("first", "second")
-OF_BOTH = ("Both videos", "Neither video")
-"""Answers that only a look at both videos can give."""
-
 _MAX_TRANSCRIBED_GROUPS = 14
 _EDGE = 0.1
 """A place this near to the border between two parts of the grid (in parts) is not asked for."""

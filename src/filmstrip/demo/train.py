@@ -44,7 +44,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_
 
 from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
 from filmstrip.demo.questions import (
-    OF_BOTH,
     WEIGHTS,
     Question,
     View,
@@ -84,8 +83,6 @@ _FEW_GROUPS = 5
 _EMPTINESS = 4
 """The higher, the fewer empty cells a prompt of facts shows: a random share to this power."""
 _LIST_SHARE = 0.6
-_OF_ONE_SHARE = 0.6
-"""Of the questions about two videos whose answer is one of them: those about both are rare, and as hard to learn."""
 _GLIMPSED_SHARE = 0.5
 _QUERY_KEY_SCALE = 1.5
 _LOG_PERIODS = (-0.5, 2.0)
@@ -434,8 +431,7 @@ def _questions_about(shown: list[Shown], rng: random.Random, num_questions: int)
         questions = _different(ask_of_picture(pictures[0], views[0], rng) for _ in range(10))
         return questions + ask_some(views[0], rng, 3, WEIGHTS)
     if len(views) == 2:
-        questions = _different(ask_of_two((views[0], views[1]), rng) for _ in range(3 * num_questions))
-        return [question for question in questions if question.answer in OF_BOTH or rng.random() < _OF_ONE_SHARE]
+        return _different(ask_of_two((views[0], views[1]), rng) for _ in range(2 * num_questions))
     lists = [
         question for question in (transcribe(views[0]), list_looks(views[0])) if question and rng.random() < _LIST_SHARE
     ]
