@@ -38,12 +38,12 @@ def load(path) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("Phi3VForCausalLM", "Phi-3-vision.*, which is not supported: .* never run.* Phi4MultimodalForCausalLM"),
+        ("Phi3VForCausalLM", r"Phi-3-vision\), which is not supported: .* never run.* Phi4MultimodalForCausalLM"),
         ("Phi4MMForCausalLM", "format of a first release.* that name Phi4MultimodalForCausalLM"),
     ],
 )
 def test_what_needs_code_of_the_checkpoint_is_refused(architecture, message):
-    with pytest.raises(ModelLoadError, match=rf"'some/model' has the architecture {architecture}, .*{message}"):
+    with pytest.raises(ModelLoadError, match=rf"'some/model' has the architecture {architecture}.*{message}"):
         check_format({"architectures": [architecture]}, "some/model")
 
 
