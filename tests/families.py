@@ -198,6 +198,8 @@ FAMILIES = (
         "InternVL, original",
         "InternVLChatModel",
         "internvl_chat_qwen2",
+        "internvl_chat_qwen3",
+        "internvl_chat_llama",
         "internvl_chat_qwen3_moe",
         video=True,
         file=_FORMATS,

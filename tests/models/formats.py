@@ -293,11 +293,13 @@ def _projector_weights(projector_type: str, seed: int) -> dict[str, torch.Tensor
     features, hidden = tiles.VISION["hidden_size"], tiles.TEXT["hidden_size"]
     if projector_type == "mlp2x_gelu":
         return None
-    if projector_type == "linear":
-        module: nn.Module = nn.Linear(features, hidden)
-    else:
-        layers = [nn.Linear(features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden)]
-        module = nn.Sequential(*layers, nn.LayerNorm(hidden))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # modules draw their weights from the process's generator
+        if projector_type == "linear":
+            module: nn.Module = nn.Linear(features, hidden)
+        else:
+            layers = [nn.Linear(features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden)]
+            module = nn.Sequential(*layers, nn.LayerNorm(hidden))
     generator = torch.Generator().manual_seed(seed)
     return {
         name: weight + torch.randn(weight.shape, generator=generator) * (0.3 if weight.dim() == 1 else 0.05)

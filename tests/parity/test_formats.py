@@ -51,6 +51,8 @@ class Family:
 _LLAMA, _MISTRAL, _QWEN = (f"Llava{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen"))
 FAMILIES = {
     "internvl_chat_qwen2": Family(partial(formats.make_internvl_chat, text="Qwen2ForCausalLM"), True, 5),
+    "internvl_chat_qwen3": Family(partial(formats.make_internvl_chat, text="Qwen3ForCausalLM", seed=2), True, 5),
+    "internvl_chat_llama": Family(partial(formats.make_internvl_chat, text="LlamaForCausalLM", seed=3), True, 5),
     "internvl_chat_qwen3_moe": Family(
         partial(formats.make_internvl_chat, text="Qwen3MoeForCausalLM", qkv_bias=False, seed=1), True, 5
     ),
