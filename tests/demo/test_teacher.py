@@ -202,7 +202,7 @@ def test_clocks_tell_what_is_seen_at_the_nearest_time() -> None:
         for question, nearest, (digit, *ends), spot in zip(
             asked, clocks.nearest, clocks.others, clocks.spots, strict=True
         ):
-            assert ends == [-100, -100]
+            assert ends == [-100] * 4
             if question.kind == "colour":
                 assert (nearest, digit) == (-100, -100)
                 assert np.isnan(spot).all()
@@ -219,14 +219,35 @@ def test_clocks_tell_what_is_seen_at_the_nearest_time() -> None:
     assert checked > 100
     views = [View(make_scene(seed), [0.0, 0.5, 1.0, 1.5]) for seed in (1, 2)]
     compared = next(q for n in range(50) if (q := ask_of_two((views[0], views[1]), random.Random(n))))
-    assert Clocks.of([compared], views).others.tolist() == [[-100, 12, 12]]
+    assert Clocks.of([compared], views).others[0, :3].tolist() == [-100, 12, 12]
+
+
+def test_questions_about_two_videos_are_told_which_has_what_is_asked_for() -> None:
+    answers = {
+        "The first video": [1, 0],
+        "The second video": [0, 1],
+        "Both videos": [1, 1],
+        "Neither video": [0, 0],
+    }
+    asked = set()
+    for seed in range(0, 120, 2):
+        views = [View(scene, [i / 2 for i in range(4)]) for scene in (make_scene(seed), make_scene(seed + 1))]
+        for number in range(6):
+            question = ask_of_two((views[0], views[1]), random.Random(number))
+            if question is None:
+                continue
+            found = Clocks.of([question], views).others[0, 3:].tolist()
+            says_which = question.answer in answers and "er?" not in question.text  # longer, shorter
+            assert found == (answers[question.answer] if says_which else [-100, -100])
+            asked.add(question.answer)
+    assert asked >= answers.keys()
 
 
 def test_clocks_can_be_read_from_features_that_hold_them() -> None:
     torch.manual_seed(0)
     clocks = Clocks(
         np.array([2, 249, -100]),
-        np.array([[3, -100, -100], [0, -100, -100], [-100, 31, 45]]),
+        np.array([[3, -100, -100, 1, 0], [0, -100, -100, 0, 0], [-100, 31, 45, -100, -100]]),
         np.array([[0.5, -0.5], [np.nan, np.nan], [np.nan, np.nan]]),
     )
     teacher, features = ClockTeacher(8), torch.randn(3, 8)
@@ -239,7 +260,7 @@ def test_clocks_can_be_read_from_features_that_hold_them() -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.1 * losses[0]
-    assert found == {"knows_moment": 1.0, "knows_digit": 1.0, "knows_end": 1.0}
+    assert found == dict.fromkeys(("knows_moment", "knows_digit", "knows_end", "knows_first", "knows_second"), 1.0)
     assert teacher(features.roll(1, 0), features.roll(1, 0), clocks)[0] > 5 * losses[-1]
     nothing, found = teacher(features[:0], features[:0], Clocks.of([], []))
     assert nothing == 0

@@ -1,6 +1,7 @@
 """Training sees what serving sees: prompts, positions and logits equal those of the product and of plain Transformers."""
 
 import argparse
+import itertools
 import json
 import random
 from pathlib import Path
@@ -14,7 +15,16 @@ from transformers import Qwen3VLForConditionalGeneration
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
 from filmstrip.demo import bundled
 from filmstrip.demo.clips import encode_picture, encode_scene
-from filmstrip.demo.data import CLIPS_PER_SHARD, Pool, Shown, Watcher, blank_checkpoint, make_shard, sampling_of
+from filmstrip.demo.data import (
+    CLIPS_PER_SHARD,
+    Pool,
+    Shown,
+    Watcher,
+    blank_checkpoint,
+    make_shard,
+    rows_of,
+    sampling_of,
+)
 from filmstrip.demo.questions import WEIGHTS, Question, View, ask, ask_in_turn, ask_some, list_looks
 from filmstrip.demo.recipe import make_model, make_tokenizer
 from filmstrip.demo.scenes import make_picture_scene, make_scene
@@ -24,6 +34,7 @@ from filmstrip.demo.train import (
     Sample,
     Trainer,
     answer_loss,
+    attend_in_padded_frames,
     collate,
     fit_for_training,
     glimpse,
@@ -118,7 +129,7 @@ async def test_prompts_and_pixels_are_those_of_the_server(base: Path, watcher: W
     assert np.array_equal(prompt.features[1].patches.torch().numpy(), picture_patches)
 
 
-def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> torch.Tensor:
+def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample, pool: Pool) -> torch.Tensor:
     """Logits of the answers in ``sample`` by Transformers' own forward pass and position rule."""
     tokens = torch.tensor([sample.tokens])
     types = torch.zeros_like(tokens)
@@ -126,10 +137,9 @@ def _plain_logits(model: Qwen3VLForConditionalGeneration, sample: Sample) -> tor
     types[tokens == model.config.image_token_id] = 1
     inputs = {}
     for kind, names in (("video", "pixel_values_videos video_grid_thw"), ("picture", "pixel_values image_grid_thw")):
-        if parts := sample.pixels.get(kind):
+        if parts := sample.rows.get(kind):
             pixels_name, grid_name = names.split()
-            patches = np.concatenate([patches for patches, _ in parts])
-            inputs[pixels_name] = torch.from_numpy(patches).float() / 127.5 - 1
+            inputs[pixels_name] = pool.gather([one for rows, _ in parts for one in rows]).float() / 127.5 - 1
             inputs[grid_name] = torch.tensor([grid for _, grid in parts])
     with torch.no_grad():
         logits = model(input_ids=tokens, mm_token_type_ids=types, **inputs).logits[0]
@@ -161,13 +171,13 @@ def test_packed_questions_see_only_the_media_and_themselves(watcher: Watcher, po
     chains.append(ask_in_turn(view, random.Random(2), 2))
     assert all(chains)
     for items in ([video], [picture, video], [video, video]):
-        packed = pack(watcher, pool, items, chains, None)
-        other = pack(watcher, pool, [video], chains[:1], None)
+        packed = pack(watcher, items, chains, None)
+        other = pack(watcher, [video], chains[:1], None)
         with torch.no_grad():
-            logits, wanted = predict(fitted, collate([packed, other], 0), embedding)
+            logits, wanted = predict(fitted, collate([packed, other], 0), embedding, pool)
         assert len(wanted) == len(logits) == sum(length for _, length in packed.kinds + other.kinds)
-        alone = [_plain_logits(plain, pack(watcher, pool, items, [chain], None)) for chain in chains]
-        expected = torch.cat([*alone, _plain_logits(plain, other)])
+        alone = [_plain_logits(plain, pack(watcher, items, [chain], None), pool) for chain in chains]
+        expected = torch.cat([*alone, _plain_logits(plain, other, pool)])
         # The mask is kept in bfloat16 but holds 0 and -inf only; the rest is float32 in another order.
         assert torch.allclose(logits, expected, atol=2e-4)
 
@@ -176,7 +186,7 @@ def test_pool_and_draws(pool: Pool, watcher: Watcher) -> None:
     videos = [shown for _, shown in pool.items if shown.kind == "video"]
     assert len(videos) == 20 < CLIPS_PER_SHARD
     for item in pool.items[:5]:
-        assert pool.patches(item).shape[0] == int(np.prod(item[1].media(watcher.layout).plan.grid_thw))
+        assert len(pool.gather([rows_of(item)])) == int(np.prod(item[1].media(watcher.layout).plan.grid_thw))
     assert {sampling_of(seed) for seed in range(40)} > {FrameSampling()}
     drawer = Drawer(watcher, pool, max_tokens=2048, pair_share=0.3)
     one, again = (list(drawer.batches(4)) for _ in range(2))
@@ -190,10 +200,11 @@ def test_a_glimpse_is_a_part_of_the_clip(pool: Pool, watcher: Watcher) -> None:
     for seed, item in enumerate(pool.items):
         shown = item[1]
         grid_t, height, width = shown.media(watcher.layout).plan.grid_thw
-        groups = pool.patches(item).reshape(grid_t, height * width, -1)
+        groups = pool.gather([rows_of(item)]).numpy().reshape(grid_t, height * width, -1)
         chosen = sorted(random.Random(seed).sample(range(grid_t), min(grid_t, 3)))
-        seen = glimpse(watcher, pool, item, random.Random(seed), max_groups=3)
-        ((patches, grid),) = seen.pixels[shown.kind]
+        seen = glimpse(watcher, item, random.Random(seed), max_groups=3)
+        ((rows, grid),) = seen.rows[shown.kind]
+        patches = pool.gather(rows).numpy()
         assert grid == (len(chosen), height, width)
         assert np.array_equal(patches, groups[chosen].reshape(-1, patches.shape[1]))
         (cells,) = seen.cells[shown.kind]
@@ -213,7 +224,7 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
     chains = [
         [question] for question in ask_some(shown[1].view(), random.Random(1), 3, {"direction": 1, "where_ends": 1})
     ]
-    whole = pack(watcher, pool, items, chains, None)
+    whole = pack(watcher, items, chains, None)
     cell_pixels = watcher.layout.patch_size * watcher.layout.merge_size
     tables = np.concatenate([cells_of(s.view(), s.height, s.width, cell_pixels).table() for s in shown])
     assert tables.shape[1] == NUM_FACTS
@@ -242,10 +253,10 @@ def test_facts_stand_where_features_will_be(pool: Pool, watcher: Watcher) -> Non
     assert len(lengths) > 3
     one, other = (pack_facts(watcher, shown, chains, None, random.Random(seed)) for seed in (0, 1))
     with torch.no_grad():
-        logits, wanted = predict(model, collate([one, other], 0), embedding)
+        logits, wanted = predict(model, collate([one, other], 0), embedding, pool)
         embedding.weight.zero_()
-        blind, _ = predict(model, collate([one, other], 0), embedding)
-        alone, _ = predict(model, collate([one], 0), embedding)
+        blind, _ = predict(model, collate([one, other], 0), embedding, pool)
+        alone, _ = predict(model, collate([one], 0), embedding, pool)
     assert len(wanted) == len(logits) == 2 * sum(length for _, length in one.kinds)
     assert not torch.allclose(logits, blind, atol=1e-3)
     assert torch.allclose(blind[: len(alone)], alone, atol=2e-4)
@@ -322,7 +333,8 @@ SETTINGS = {
     "steps": 4, "max_tokens": 1024, "learning_rate": 1e-3, "warm_up_steps": 2, "decay_share": 0.25, "average_decay": 0.99,
     "log_steps": 2, "measure_steps": 4, "measure_draws": 1, "save_seconds": 1e9, "workers": 1, "few_group_steps": 1,
     "fact_steps": 2, "watch_steps": 2, "teacher_weight": 0.2, "history_weight": 0.3, "story_weight": 0.3, "seed": 0,
-    "start_from": None, "pair_share": 0.3, "optimizer": "adamw",
+    "start_from": None, "pair_share": 0.3, "optimizer": "adamw", "device": "cpu", "loaders": 0, "head_steps": 0,
+    "max_seconds": None,
 }  # fmt: skip
 
 
@@ -383,3 +395,56 @@ def test_training_starts_from_trained_weights(tmp_path: Path, pool: Pool) -> Non
     )
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], rtol=1e-2) for name in before)
+
+
+def test_beside_trained_weights_the_teachers_learn_first(tmp_path: Path, pool: Pool) -> None:
+    for name in ("pool", "val"):
+        (tmp_path / name).symlink_to(pool.folder)
+    prepare_base(tmp_path, str(bundled.MODEL))
+    alone = {"fact_steps": 0, "watch_steps": 0, "start_from": str(bundled.MODEL), "head_steps": 2, "loaders": 2}
+    words, heads = [], []
+    for num_steps in (2, 4):
+        Trainer(argparse.Namespace(**SETTINGS | alone | {"work": str(tmp_path), "steps": num_steps}), 0).run()
+        saved = torch.load(tmp_path / "state.pt", weights_only=True)
+        words.append(saved["model"]["model.language_model.layers.0.self_attn.q_proj.weight"])
+        heads.append(saved["clock"]["reads.late.weight"])
+    model_class: Any = Qwen3VLForConditionalGeneration
+    before = model_class.from_pretrained(bundled.MODEL, dtype=torch.float32).state_dict()
+    assert torch.equal(words[0], before["model.language_model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(words[0], words[1])
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_a_run_of_limited_time_ends_with_the_rate_down(tmp_path: Path, base: Path, pool: Pool) -> None:
+    for name, target in (("base", base), ("pool", pool.folder), ("val", pool.folder)):
+        (tmp_path / name).symlink_to(target)
+    settings = SETTINGS | {"work": str(tmp_path), "fact_steps": 0, "watch_steps": 0, "warm_up_steps": 1, "steps": 1000}
+    trainer = Trainer(argparse.Namespace(**settings | {"max_seconds": 100.0, "decay_share": 0.5}), 0)
+    assert [trainer._rate(seconds) for seconds in (0.0, 50.0, 75.0, 100.0, 200.0)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    Trainer(argparse.Namespace(**settings | {"max_seconds": 0.001}), 0).run()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_processes_draw_what_a_thread_draws(tmp_path: Path, base: Path, pool: Pool) -> None:
+    for name, target in (("base", base), ("pool", pool.folder), ("val", pool.folder)):
+        (tmp_path / name).symlink_to(target)
+    settings = SETTINGS | {"work": str(tmp_path), "fact_steps": 0, "watch_steps": 100}
+    drawn = {}
+    for loaders in (0, 2):
+        trainer = Trainer(argparse.Namespace(**settings | {"loaders": loaders}), 0)
+        batches = itertools.islice(trainer._batches(3, 0), 4)
+        drawn[loaders] = [({kind: rows for kind, (rows, _) in batch.rows.items()}, used) for batch, used in batches]
+    assert [used for _, used in drawn[0]] == [4, 5, 6, 7]
+    assert drawn[0] == drawn[2]
+
+
+def test_frames_of_all_sizes_attend_at_once_as_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    lengths = (16, 16, 24, 8, 24)
+    query, key, value = (torch.randn(sum(lengths), 5, 32) for _ in range(3))
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    together = attend_in_padded_frames(query, key, value, bounds, 0.3)
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", query[start:stop], key[start:stop]) * 0.3
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[start:stop]).flatten(1)
+        assert torch.allclose(together[start:stop], expected, atol=1e-5)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,9 @@ from filmstrip.types import FramePlan, FrameSampling, Modality, PatchLayout, Pix
 CLIPS_PER_SHARD = 256
 HELD_OUT_SEED = 1_000_000_000
 """Seeds from here on are for measuring; training never sees them."""
+
+Rows = tuple[str, int, int]
+"""Patches of a pool: name of the shard, first row, and the row behind the last."""
 
 _PICTURE_SHARE = 0.12
 _MAX_IMAGE_PIXELS = 1 << 24
@@ -68,7 +72,7 @@ class Shown:
 
     def view(self) -> View:
         """What it shows, at the frames that were sampled."""
-        return View(self.scene(), self.frame_seconds or (0.0,))
+        return _view_of(self)
 
     def media(self, layout: PatchLayout) -> PlannedMedia:
         """How it stands in a prompt."""
@@ -160,11 +164,13 @@ class Watcher:
 
 
 class Pool:
-    """Shards of decoded clips in a folder, memory-mapped."""
+    """Shards of decoded clips in a folder: memory-mapped, or on a GPU whole."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """A GPU needs room for all shards, about 1 MB for each clip; each goes there when it is first asked for."""
+        self.folder, self._device = folder, torch.device(device)
         self._patches: dict[str, np.ndarray] = {}
+        self._on_device: dict[str, torch.Tensor] = {}
         self.items: list[tuple[str, Shown]] = []
         self.refresh()
 
@@ -175,10 +181,20 @@ class Pool:
                 self._patches[path.stem] = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 self.items.extend((path.stem, _shown(fields)) for fields in json.loads(path.read_text()))
 
-    def patches(self, item: tuple[str, Shown]) -> np.ndarray:
-        """An item's patches, uint8."""
-        shard, shown = item
-        return self._patches[shard][slice(*shown.rows)]
+    def gather(self, rows: Sequence[Rows]) -> torch.Tensor:
+        """Patches one after the other, uint8 (num_patches, patch_dim), on the pool's device."""
+        if any(shard not in self._patches for shard, _, _ in rows):
+            self.refresh()  # another process has seen a newer shard
+        if self._device.type == "cpu":
+            return torch.from_numpy(np.concatenate([self._patches[shard][start:stop] for shard, start, stop in rows]))
+        for shard in {shard for shard, _, _ in rows} - self._on_device.keys():
+            self._on_device[shard] = torch.from_numpy(self._patches[shard].copy()).to(self._device)
+        return torch.cat([self._on_device[shard][start:stop] for shard, start, stop in rows])
+
+
+def rows_of(item: tuple[str, Shown]) -> Rows:
+    """Where an item's patches lie in its pool."""
+    return (item[0], *item[1].rows)
 
 
 def make_shard(folder: Path, number: int, watcher: Watcher, first_seed: int) -> None:
@@ -230,6 +246,11 @@ def _show(seed: int, watcher: Watcher) -> list[tuple[Shown, np.ndarray]]:
 def _scene_of(seed: int) -> Scene:
     """Finding places where nothing touches takes milliseconds, and the same clips are asked about again and again."""
     return make_scene(seed)
+
+
+@lru_cache(maxsize=50_000)
+def _view_of(shown: Shown) -> View:
+    return View(shown.scene(), shown.frame_seconds or (0.0,))
 
 
 def _shown(fields: dict) -> Shown:

@@ -39,6 +39,8 @@ class Question:
     """What the answer's sentences are about, one after the other."""
     moment: str | None = None
     """Of the times that the prompt shows, the nearest to the one asked about."""
+    found: tuple[bool, bool] | None = None
+    """For each of two videos, whether what is asked for is in it."""
 
 
 class View:
@@ -51,6 +53,8 @@ class View:
         self.scene = scene
         self.groups = [times[start : start + group_size] for start in range(0, len(times), group_size)]
         self.labels = [f"{(group[0] + group[-1]) / 2:.1f}" for group in self.groups]
+        # Asked for again and again; the scene keeps its things, so nothing else gets their identities.
+        self._seen_groups = {id(thing): self._groups_with(thing) for thing in scene.things}
         seen = [thing for thing in scene.things if self.seen_groups(thing)]
         seen.sort(key=lambda thing: (self.seen_groups(thing)[0], thing.start[0]))
         self.shapes = [thing for thing in seen if not thing.is_digit]
@@ -63,6 +67,10 @@ class View:
 
     def seen_groups(self, thing: Thing) -> list[int]:
         """Numbers of the groups of which at least one frame shows ``thing``."""
+        known = self._seen_groups.get(id(thing))
+        return list(self._groups_with(thing) if known is None else known)
+
+    def _groups_with(self, thing: Thing) -> list[int]:
         return [i for i, group in enumerate(self.groups) if any(thing.is_shown(t) for t in group)]
 
     def shown_times(self, thing: Thing) -> list[float]:
@@ -552,8 +560,9 @@ def _which(views: tuple[View, View], text: str, is_meant: Callable[[Thing], bool
     }
     found = [[thing for thing in view.things if is_meant(thing)] for view in views]
     things = [*found[0], *found[1]]
-    answer = answers[bool(found[0]), bool(found[1])]
-    return Question("compare", text, answer, thing=things[0] if len(things) == 1 else None)
+    are_there = (bool(found[0]), bool(found[1]))
+    thing = things[0] if len(things) == 1 else None
+    return Question("compare", text, answers[are_there], thing=thing, found=are_there)
 
 
 def _which_shows(views: tuple[View, View], rng: random.Random) -> Question | None:

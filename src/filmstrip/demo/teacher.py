@@ -37,7 +37,7 @@ _HISTORY_SIZES = {
 }
 _NOT_ASKED = -100
 _NEVER = _NUM_TENTHS
-_CLOCK_SIZES = {"early": (_NUM_TENTHS,), "late": (len(_SHAPES), _NUM_TENTHS, _NUM_TENTHS, 2)}
+_CLOCK_SIZES = {"early": (_NUM_TENTHS,), "late": (len(_SHAPES), _NUM_TENTHS, _NUM_TENTHS, 2, 2, 2)}
 _STORY_SIZES = (*[_NUM_TENTHS + 1] * 3, len(_COLOURS), len(_SHAPES), len(_COLOURS), _NUM_MEDIA, 7)
 _CELL_ARRAYS = ("colours", "shapes", "shown", "places", "spots", "extents")
 
@@ -183,11 +183,11 @@ class Stories:
 
 @dataclass
 class Clocks:
-    """What questions need to know of times, one row for each; -100 and NaN where they do not.
+    """What questions need to know of times and videos, one row for each; -100 and NaN where they do not.
 
     ``nearest`` (num_questions,) is which of the prompt's times is meant, in tenths of a second; ``others``
-    (num_questions, 3) are the digit that is shown then (0 for none), and the last times of two videos; ``spots``
-    (num_questions, 2) is where the thing that is asked about is then.
+    (num_questions, 5) are the digit that is shown then (0 for none), the last times of two videos, and for each of the two
+    whether what is asked for is in it; ``spots`` (num_questions, 2) is where the thing that is asked about is then.
     """
 
     nearest: np.ndarray
@@ -198,12 +198,14 @@ class Clocks:
     def of(questions: list[Question], views: list[View]) -> Clocks:
         """Of questions about videos."""
         clocks = Clocks(
-            *(np.full(len(questions), _NOT_ASKED), np.full((len(questions), 3), _NOT_ASKED)),
+            *(np.full(len(questions), _NOT_ASKED), np.full((len(questions), 5), _NOT_ASKED)),
             np.full((len(questions), 2), np.nan),
         )
         for number, question in enumerate(questions):
             if question.kind == "compare":
-                clocks.others[number, 1:] = [_tenths(view.labels[-1]) for view in views]
+                clocks.others[number, 1:3] = [_tenths(view.labels[-1]) for view in views]
+            if question.found is not None:
+                clocks.others[number, 3:] = question.found
             if question.moment is None:
                 continue
             (view,) = views
@@ -296,44 +298,48 @@ class Teacher(nn.Module):
         self.norm = nn.LayerNorm(num_features)
         self.read = nn.Linear(num_features, NUM_FACTS)
 
-    def forward(self, features: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(self, features: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and how much is read right in cells that are not empty; ``features`` are (num_tokens, num_features)."""
         colours, shapes, shown, places, spots, extents = self.read(self.norm(features.float())).split(_SIZES, -1)
-        colour, shape = torch.from_numpy(cells.colours), torch.from_numpy(cells.shapes)
-        is_full = colour > 0
-        weights = torch.where(is_full, 1.0, _EMPTY_WEIGHT)
+        there = features.device
+        colour, shape = (torch.from_numpy(values).to(there) for values in (cells.colours, cells.shapes))
+        weights = torch.from_numpy(np.where(cells.colours > 0, 1.0, _EMPTY_WEIGHT)).float().to(there)
         total = weights.sum()
         loss = (weights * F.cross_entropy(colours, colour, reduction="none")).sum() / total
         loss = loss + (weights * F.cross_entropy(shapes, shape, reduction="none")).sum() / total
-        is_shown = torch.from_numpy(cells.shown).float()
+        is_shown = torch.from_numpy(cells.shown).float().to(there)
         presence = F.binary_cross_entropy_with_logits(shown, is_shown, reduction="none").sum(-1)
         loss = loss + (weights * presence).sum() / total
-        wanted = torch.from_numpy(cells.places).float()
-        both = is_full & (is_shown.sum(-1) == _NUM_FRAMES)
-        distance = F.smooth_l1_loss(places[both], wanted[both], beta=0.1, reduction="none").sum(-1)
+        full = np.flatnonzero(cells.colours > 0)
+        both = np.flatnonzero((cells.colours > 0) & (cells.shown.sum(-1) == _NUM_FRAMES))
+        wanted, wanted_spots, wanted_extents = (
+            torch.from_numpy(values[both]).float().to(there) for values in (cells.places, cells.spots, cells.extents)
+        )
+        chosen = torch.from_numpy(both).to(there)
+        places, spots, extents = places[chosen], spots[chosen], extents[chosen]
+        distance = F.smooth_l1_loss(places, wanted, beta=0.1, reduction="none").sum(-1)
         # What moves between the two frames is small beside where it is; it counts by itself.
-        moved, wanted_moved = (x[both][:, 2:] - x[both][:, :2] for x in (places, wanted))
+        moved, wanted_moved = (x[:, 2:] - x[:, :2] for x in (places, wanted))
         motion = F.smooth_l1_loss(moved, wanted_moved, beta=0.02, reduction="none").sum(-1)
-        count = max(int(both.sum()), 1)
         # Attention knows distances between tokens only; where in the picture something is, features have to say.
-        wanted_spots = torch.from_numpy(cells.spots).float()[both]
-        off = F.smooth_l1_loss(spots[both], wanted_spots, beta=0.1, reduction="none").sum(-1)
-        wanted_extents = torch.from_numpy(cells.extents).float()[both]
-        size = F.smooth_l1_loss(extents[both], wanted_extents, beta=0.05, reduction="none").sum(-1)
+        off = F.smooth_l1_loss(spots, wanted_spots, beta=0.1, reduction="none").sum(-1)
+        size = F.smooth_l1_loss(extents, wanted_extents, beta=0.05, reduction="none").sum(-1)
         # So does growth.
-        grown, wanted_grown = (x[:, 1] - x[:, 0] for x in (extents[both], wanted_extents))
+        grown, wanted_grown = (x[:, 1] - x[:, 0] for x in (extents, wanted_extents))
         growth = F.smooth_l1_loss(grown, wanted_grown, beta=0.02, reduction="none")
-        loss = loss + (distance.sum() + 3 * motion.sum() + off.sum() + size.sum() + 3 * growth.sum()) / count
+        far = distance.sum() + 3 * motion.sum() + off.sum() + size.sum() + 3 * growth.sum()
+        loss = loss + far / max(len(both), 1)
+        seen: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            full = max(int(is_full.sum()), 1)
-            seen = {
-                "sees_colour": float((colours.argmax(-1) == colour)[is_full].sum()) / full,
-                "sees_shape": float((shapes.argmax(-1) == shape)[is_full].sum()) / full,
-                "sees_place": float((places[both] - wanted[both]).abs().mean()) if int(both.sum()) else 0.0,
-                "sees_spot": float((spots[both] - wanted_spots).abs().mean()) if int(both.sum()) else 0.0,
-                "sees_size": float((extents[both] - wanted_extents).abs().mean()) if int(both.sum()) else 0.0,
-                "sees_motion": float((moved - wanted_moved).abs().mean()) if int(both.sum()) else 0.0,
-            }
+            if len(full):
+                cells_full = torch.from_numpy(full).to(there)
+                seen["sees_colour"] = (colours.argmax(-1) == colour)[cells_full].float().mean()
+                seen["sees_shape"] = (shapes.argmax(-1) == shape)[cells_full].float().mean()
+            if len(both):
+                seen["sees_place"] = (places - wanted).abs().mean()
+                seen["sees_spot"] = (spots - wanted_spots).abs().mean()
+                seen["sees_size"] = (extents - wanted_extents).abs().mean()
+                seen["sees_motion"] = (moved - wanted_moved).abs().mean()
         return loss, seen
 
 
@@ -349,29 +355,30 @@ class HistoryTeacher(nn.Module):
 
     def forward(
         self, early: torch.Tensor, late: torch.Tensor, history: History
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and how much is read right; ``early`` and ``late`` are (num_tokens, num_features), of two layers."""
         tenths, media, is_first = self._read("early", early)
         first_tenths, ranks, first_colours, starts, moved = self._read("late", late)
-        wanted = {name: torch.from_numpy(values) for name, values in vars(history).items()}
-        known = wanted["is_first"] >= 0
+        there = late.device
+        wanted = {name: torch.from_numpy(values).to(there) for name, values in vars(history).items()}
         loss = _class_loss(tenths, wanted["tenths"]) + 0.3 * _class_loss(media, wanted["media"])
         for logits, name in ((first_tenths, "first_tenths"), (ranks, "ranks"), (first_colours, "first_colours")):
             loss = loss + _class_loss(logits, wanted[name])
-        seen: dict[str, float] = {}
-        if bool(known.any()):
+        seen: dict[str, torch.Tensor] = {}
+        known = torch.from_numpy(np.flatnonzero(history.is_first >= 0)).to(there)
+        if len(known):
+            far = moved[known] - wanted["moved"][known].float()
             firsts = F.binary_cross_entropy_with_logits(is_first[known, 0], wanted["is_first"][known].float())
             begun = F.smooth_l1_loss(starts[known], wanted["starts"][known].float(), beta=0.1)
-            far = F.smooth_l1_loss(moved[known], wanted["moved"][known].float(), beta=0.03)
-            loss = loss + firsts + 2 * begun + 6 * far
-            right = (first_tenths.argmax(-1) == wanted["first_tenths"])[wanted["first_tenths"] >= 0]
-            seen["knows_start"] = float(right.float().mean())
-            seen["knows_way"] = float((moved[known] - wanted["moved"][known]).detach().abs().mean())
-            right = (ranks.argmax(-1) == wanted["ranks"])[known]
-            seen["knows_rank"] = float(right.float().mean())
-        if bool((wanted["tenths"] >= 0).any()):
-            right = (tenths.argmax(-1) == wanted["tenths"])[wanted["tenths"] >= 0]
-            seen["knows_time"] = float(right.float().mean())
+            loss = loss + firsts + 2 * begun + 6 * F.smooth_l1_loss(far, torch.zeros_like(far), beta=0.03)
+            seen["knows_way"] = far.detach().abs().mean()
+        for name, logits, classes in (
+            ("knows_start", first_tenths, "first_tenths"),
+            ("knows_rank", ranks, "ranks"),
+            ("knows_time", tenths, "tenths"),
+        ):
+            if (getattr(history, classes) >= 0).any():
+                seen[name] = _right_share(logits, wanted[classes])
         return loss, seen
 
     def _read(self, name: str, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -389,54 +396,57 @@ class StoryTeacher(nn.Module):
         self.norm = nn.LayerNorm(num_features)
         self.read = nn.Linear(num_features, sum(_STORY_SIZES))
 
-    def forward(self, features: torch.Tensor, stories: Stories) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(self, features: torch.Tensor, stories: Stories) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and how much is read right; ``features`` are (num_things, num_features)."""
         parts = self.read(self.norm(features.float())).split(_STORY_SIZES, -1)
-        times, looks = torch.from_numpy(stories.times), torch.from_numpy(stories.looks)
+        times, looks, ways = (
+            torch.from_numpy(values).to(features.device) for values in (stories.times, stories.looks, stories.ways)
+        )
         loss = parts[-1].sum() * 0.0
         for logits, wanted in zip(parts[:-1], (*times.unbind(-1), *looks.unbind(-1)), strict=True):
             loss = loss + _class_loss(logits, wanted)
         if not len(looks):
             return loss, {}
-        off = F.smooth_l1_loss(parts[-1], torch.from_numpy(stories.ways).float(), beta=0.05)
-        seen = {"finds_way": float((parts[-1] - torch.from_numpy(stories.ways)).detach().abs().mean())}
+        off = F.smooth_l1_loss(parts[-1], ways.float(), beta=0.05)
+        seen = {"finds_way": (parts[-1] - ways).detach().abs().mean()}
         for name, logits, wanted in (
             ("finds_colour", parts[3], looks[:, 0]),
             ("finds_shape", parts[4], looks[:, 1]),
             ("finds_start", parts[0], times[:, 0]),
         ):
-            seen[name] = float((logits.argmax(-1) == wanted).float().mean())
+            seen[name] = _right_share(logits, wanted)
         return loss + 8 * off, seen
 
 
 class ClockTeacher(nn.Module):
-    """Reads from the last tokens of questions what they need to know of times: which is meant, what is seen then."""
+    """Reads from the last tokens of questions what they need to know of times and videos: which is meant, what is there."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.norms = nn.ModuleDict({name: nn.LayerNorm(num_features) for name in _CLOCK_SIZES})
         self.reads = nn.ModuleDict({name: nn.Linear(num_features, sum(sizes)) for name, sizes in _CLOCK_SIZES.items()})
 
-    def forward(self, early: torch.Tensor, late: torch.Tensor, clocks: Clocks) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, early: torch.Tensor, late: torch.Tensor, clocks: Clocks
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and how much is read right; ``early`` and ``late`` are (num_questions, num_features), of two layers."""
         (meant,) = self._read("early", early)
         *classes, spots = self._read("late", late)
-        nearest, others = torch.from_numpy(clocks.nearest), torch.from_numpy(clocks.others)
+        there = late.device
+        nearest, others = (torch.from_numpy(values).to(there) for values in (clocks.nearest, clocks.others))
         loss = _class_loss(meant, nearest) + spots.sum() * 0.0
         for logits, wanted in zip(classes, others.unbind(-1), strict=True):
             loss = loss + _class_loss(logits, wanted)
-        wanted_spots = torch.from_numpy(clocks.spots).float()
-        known = ~wanted_spots.isnan().any(-1)
-        if bool(known.any()):
-            loss = loss + 8 * F.smooth_l1_loss(spots[known], wanted_spots[known], beta=0.05)
-        seen = {}
-        for name, logits, wanted in (
-            ("knows_moment", meant, nearest),
-            ("knows_digit", classes[0], others[:, 0]),
-            ("knows_end", classes[2], others[:, 2]),
-        ):
-            if bool((wanted >= 0).any()):
-                seen[name] = float((logits.argmax(-1) == wanted)[wanted >= 0].float().mean())
+        known = np.flatnonzero(~np.isnan(clocks.spots).any(-1))
+        if len(known):
+            wanted_spots = torch.from_numpy(clocks.spots[known]).float().to(there)
+            loss = loss + 8 * F.smooth_l1_loss(spots[torch.from_numpy(known).to(there)], wanted_spots, beta=0.05)
+        seen: dict[str, torch.Tensor] = {}
+        if (clocks.nearest >= 0).any():
+            seen["knows_moment"] = _right_share(meant, nearest)
+        for name, column in (("knows_digit", 0), ("knows_end", 2), ("knows_first", 3), ("knows_second", 4)):
+            if (clocks.others[:, column] >= 0).any():
+                seen[name] = _right_share(classes[column], others[:, column])
         return loss, seen
 
     def _read(self, name: str, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -444,9 +454,15 @@ class ClockTeacher(nn.Module):
 
 
 def _class_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    if not bool((wanted >= 0).any()):
-        return logits.sum() * 0.0
-    return F.cross_entropy(logits.float(), wanted, ignore_index=_NOT_ASKED)
+    """Mean cross-entropy of the rows where something is asked, 0 if there are none."""
+    losses = F.cross_entropy(logits.float(), wanted, ignore_index=_NOT_ASKED, reduction="sum")
+    return losses / (wanted != _NOT_ASKED).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _right_share(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Share of the rows where something is asked that are right."""
+    return (logits.argmax(-1) == wanted).sum() / (wanted != _NOT_ASKED).sum()
 
 
 class FactEmbedding(nn.Linear):
@@ -460,11 +476,11 @@ class FactEmbedding(nn.Linear):
     @torch.no_grad()
     def embed(self, cells: Cells) -> torch.Tensor:
         """What a tower's features should be, (num_tokens, num_features)."""
-        return self(torch.from_numpy(cells.table()))
+        return self(torch.from_numpy(cells.table()).to(self.weight.device))
 
 
 def distance(features: torch.Tensor, wanted: torch.Tensor, cells: Cells) -> torch.Tensor:
     """Mean squared distance in shares of the variance of ``wanted``; empty cells count less."""
-    weights = torch.from_numpy(np.where(cells.colours > 0, 1.0, _EMPTY_WEIGHT)).float()
+    weights = torch.from_numpy(np.where(cells.colours > 0, 1.0, _EMPTY_WEIGHT)).float().to(features.device)
     squares = (features.float() - wanted).square().mean(-1)
     return (weights * squares).sum() / (weights.sum() * wanted.var())

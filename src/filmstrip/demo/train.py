@@ -29,7 +29,7 @@ import threading
 import time
 import types
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
-from filmstrip.demo.data import Pool, Shown, Watcher, blank_checkpoint
+from filmstrip.demo.data import Pool, Rows, Shown, Watcher, blank_checkpoint, rows_of
 from filmstrip.demo.questions import (
     WEIGHTS,
     Question,
@@ -73,9 +74,19 @@ from filmstrip.models.cpu_features import cpu_has_bfloat16_units
 ATTENTION_NAME = "filmstrip_demo_training"
 
 _ITEMS_PER_DRAW = 64
-_MAX_GROUPS_OF_TWO = 40
+_TOKENS_PER_DRAWN_BATCH = 4096
+_LENGTH_MULTIPLE = 8
+"""Of a batch's padded length: GPU kernels copy masks of other lengths."""
+_STRANGER_SHARE = 0.35
+"""Of videos shown beside another one, those chosen blindly."""
+_NUM_PARTNER_CANDIDATES = 12
+_MAX_GROUPS_OF_FACTS = 40
+_MAX_GROUPS_OF_TWO = 80
+"""Two clips of 20 seconds, at four frames per second each."""
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the question about the video.", "You are Filmstrip.")
 _DRAWN_AHEAD = 4
+_LOADED_AHEAD = 4
+"""By each process: a draw takes as long as many steps do on a GPU."""
 _GROUPS_OF_GLIMPSE = 1
 _QUESTIONS_OF_CLIP = 16
 _QUESTIONS_OF_FACTS = 8
@@ -91,6 +102,7 @@ _HISTORY_LAYERS = (1, 3)
 """Behind which layers of the text model its visual tokens are asked what earlier groups tell, and questions for times."""
 _STORY_LAYER = 4
 """Behind which the places that must know a thing are asked for its story."""
+_HEAD_RATE = 4.0
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -103,9 +115,9 @@ _INPUT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": (
 
 @dataclass
 class Seen:
-    """Patches with their grids, and the facts of their cells, by kind of medium."""
+    """Where patches lie in the pool, with their grids, and the facts of their cells, by kind of medium."""
 
-    pixels: dict[str, list[tuple[np.ndarray, tuple[int, int, int]]]]
+    rows: dict[str, list[tuple[list[Rows], tuple[int, int, int]]]]
     cells: dict[str, list[Cells]]
 
 
@@ -134,9 +146,9 @@ class Sample(Seen):
 
 @dataclass
 class Glimpses:
-    """Patches and grids of videos and of pictures, and what lies in the cells of their merged tokens."""
+    """Patches (by their rows in the pool) and grids of videos and of pictures, and what lies in their tokens' cells."""
 
-    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: dict[str, tuple[list[Rows], torch.Tensor]]
     cells: dict[str, Cells]
 
 
@@ -146,7 +158,7 @@ class Batch(Glimpses):
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
+    segments: torch.Tensor
     targets: torch.Tensor
     kinds: list[tuple[str, int]]
     places: torch.Tensor
@@ -162,15 +174,13 @@ class Batch(Glimpses):
     shows_facts: bool
 
 
-def pack(
-    watcher: Watcher, pool: Pool, items: list[tuple[str, Shown]], chains: list[list[Question]], system: str | None
-) -> Sample:
+def pack(watcher: Watcher, items: list[tuple[str, Shown]], chains: list[list[Question]], system: str | None) -> Sample:
     """A prompt about ``items`` and chains of questions, each of which starts right behind it."""
     shown = [each for _, each in items]
     all_cells = _cells(watcher, shown)
     sample = _packed(watcher, shown, all_cells, chains, system)
     for item, cells in zip(items, all_cells, strict=True):
-        sample.pixels[item[1].kind].append((pool.patches(item), item[1].media(watcher.layout).plan.grid_thw))
+        sample.rows[item[1].kind].append(([rows_of(item)], item[1].media(watcher.layout).plan.grid_thw))
         sample.cells[item[1].kind].append(cells)
     return sample
 
@@ -269,21 +279,24 @@ def thinned(shown: Shown, rng: random.Random, max_groups: int) -> Shown:
     return replace(shown, frame_seconds=tuple(shown.frame_seconds[index] for index in chosen))
 
 
-def glimpse(watcher: Watcher, pool: Pool, item: tuple[str, Shown], rng: random.Random, max_groups: int) -> Seen:
+def glimpse(watcher: Watcher, item: tuple[str, Shown], rng: random.Random, max_groups: int) -> Seen:
     """A picture, or a few groups of frames of a video, chosen at random."""
     shown = item[1]
+    shard, first, _ = rows_of(item)
     grid_t, grid_h, grid_w = shown.media(watcher.layout).plan.grid_thw
     chosen = sorted(rng.sample(range(grid_t), min(grid_t, max_groups)))
-    patches = pool.patches(item).reshape(grid_t, grid_h * grid_w, -1)[chosen].reshape(-1, pool.patches(item).shape[1])
+    size = grid_h * grid_w
+    rows = [(shard, first + group * size, first + (group + 1) * size) for group in chosen]
     view = shown.view()
     part = View(view.scene, [seconds for group in chosen for seconds in view.groups[group]])
     cells = cells_of(part, shown.height, shown.width, watcher.layout.patch_size * watcher.layout.merge_size)
-    return Seen({shown.kind: [(patches, (len(chosen), grid_h, grid_w))]}, {shown.kind: [cells]})
+    return Seen({shown.kind: [(rows, (len(chosen), grid_h, grid_w))]}, {shown.kind: [cells]})
 
 
 def collate(samples: list[Sample], pad_token: int) -> Batch:
     """Samples as one padded batch."""
     length = max(len(sample.tokens) for sample in samples)
+    length += -length % _LENGTH_MULTIPLE
     tokens = np.full((len(samples), length), pad_token)
     segments = np.full((len(samples), length), -1)
     positions = np.zeros((3, len(samples), length), np.int64)
@@ -294,17 +307,13 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
         segments[row, :num_tokens] = sample.segments
         positions[:, row, :num_tokens] = sample.positions
         is_answer[row, :num_tokens] = sample.is_answer
-    theirs, ours = torch.from_numpy(segments)[:, None, None, :], torch.from_numpy(segments)[:, None, :, None]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    may_see = ((theirs == 0) | (theirs == ours)) & causal
-    mask = torch.zeros(may_see.shape, dtype=torch.bfloat16).masked_fill(~may_see, -torch.inf)
     glimpses = _side_by_side(samples)
     targets = torch.from_numpy(np.flatnonzero(is_answer))
     kinds = [kind for sample in samples for kind in sample.kinds]
     places = torch.from_numpy(np.concatenate([row * length + sample.places for row, sample in enumerate(samples)]))
     return Batch(
-        *(glimpses.pixels, glimpses.cells),
-        *(torch.from_numpy(tokens), torch.from_numpy(positions), mask, targets, kinds),
+        *(glimpses.rows, glimpses.cells),
+        *(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(segments), targets, kinds),
         *(places, Cells.join([sample.all_cells for sample in samples])),
         torch.tensor([row * length + place for row, sample in enumerate(samples) for place in sample.asked]).long(),
         Stories.join([sample.stories for sample in samples]),
@@ -316,19 +325,28 @@ def collate(samples: list[Sample], pad_token: int) -> Batch:
 
 def _shape_of(seen: Seen) -> tuple[int, ...]:
     """Rows and columns of patches."""
-    ((_, grid),) = next(iter(seen.pixels.values()))
+    ((_, grid),) = next(iter(seen.rows.values()))
     return grid[1:]
 
 
 def _side_by_side(samples: Sequence[Seen]) -> Glimpses:
-    pixels: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    rows: dict[str, tuple[list[Rows], torch.Tensor]] = {}
     for kind in ("video", "picture"):
-        parts = [part for sample in samples for part in sample.pixels.get(kind, ())]
+        parts = [part for sample in samples for part in sample.rows.get(kind, ())]
         if parts:
-            patches = torch.from_numpy(np.concatenate([patches for patches, _ in parts]))
-            pixels[kind] = (patches, torch.tensor([grid for _, grid in parts]))
-    facts = {kind: [part for sample in samples for part in sample.cells.get(kind, ())] for kind in pixels}
-    return Glimpses(pixels, {kind: Cells.join(parts) for kind, parts in facts.items()})
+            together = list(itertools.chain.from_iterable(part for part, _ in parts))
+            rows[kind] = (together, torch.tensor([grid for _, grid in parts]))
+    facts = {kind: [part for sample in samples for part in sample.cells.get(kind, ())] for kind in rows}
+    return Glimpses(rows, {kind: Cells.join(parts) for kind, parts in facts.items()})
+
+
+def mask_of(segments: torch.Tensor) -> torch.Tensor:
+    """What is added to attention's scores, (batch, 1, length, length): a question sees the prefix and itself only."""
+    theirs, ours = segments[:, None, None, :], segments[:, None, :, None]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    may_see = ((theirs == 0) | (theirs == ours)) & causal
+    return torch.zeros(may_see.shape, dtype=torch.bfloat16, device=segments.device).masked_fill_(~may_see, -torch.inf)
 
 
 class Drawer:
@@ -340,6 +358,12 @@ class Drawer:
             raise ValueError("the pool is empty: make some shards with python -m filmstrip.demo.data first")
         self._watcher, self._pool, self._max_tokens, self._pair_share = watcher, pool, max_tokens, pair_share
         self._pad = watcher.tokenizer.special_tokens["<|endoftext|>"]
+        # Larger batches come from larger draws, or the lengths beside each other would differ more.
+        self._num_items = max(_ITEMS_PER_DRAW, _ITEMS_PER_DRAW * max_tokens // _TOKENS_PER_DRAWN_BATCH)
+
+    def refresh(self) -> None:
+        """Draw from shards, too, that were written since the last time."""
+        self._pool.refresh()
 
     def batches(self, number: int) -> Iterator[Batch]:
         """The batches of draw number ``number``: prompts of about the same length lie together."""
@@ -350,7 +374,7 @@ class Drawer:
         yield from self._batches(random.Random(f"facts {number}"), max_groups)
 
     def _batches(self, rng: random.Random, max_groups: int | None) -> Iterator[Batch]:
-        drawn = [self._sample(rng, max_groups) for _ in range(_ITEMS_PER_DRAW)]
+        drawn = [self._sample(rng, max_groups) for _ in range(self._num_items)]
         samples = sorted((sample for sample in drawn if sample is not None), key=lambda sample: len(sample.tokens))
         groups: list[list[Sample]] = [[]]
         for sample in samples:
@@ -368,7 +392,7 @@ class Drawer:
         num_tokens = 0
         while num_tokens < _GLIMPSED_SHARE * self._max_tokens:
             item = rng.choice(self._pool.items)
-            seen.append(glimpse(self._watcher, self._pool, item, rng, _GROUPS_OF_GLIMPSE))
+            seen.append(glimpse(self._watcher, item, rng, _GROUPS_OF_GLIMPSE))
             num_tokens += sum(len(cells.colours) for cells in seen[-1].cells[item[1].kind])
         seen.sort(key=_shape_of)  # frames of one shape go through attention together
         return _side_by_side(seen)
@@ -389,7 +413,7 @@ class Drawer:
             return None
         if max_groups is not None:
             return pack_facts(self._watcher, shown, chains, system, rng)
-        return pack(self._watcher, self._pool, chosen, chains, system)
+        return pack(self._watcher, chosen, chains, system)
 
     def _choose(self, rng: random.Random) -> list[tuple[str, Shown]]:
         """A video, two videos, a picture, or a picture and a video."""
@@ -405,15 +429,16 @@ class Drawer:
         if rng.random() < self._pair_share:
             other = self._partner(item[1], rng)
             num_frames = len(item[1].frame_seconds) + len(other[1].frame_seconds)
-            return [item, other] if num_frames <= 2 * _MAX_GROUPS_OF_TWO else [item]
+            both = [item, other] if rng.random() < 0.5 else [other, item]
+            return both if num_frames <= 2 * _MAX_GROUPS_OF_TWO else [item]
         return [item]
 
     def _partner(self, shown: Shown, rng: random.Random) -> tuple[str, Shown]:
-        """Another video; half of them have something in common with the first, so that both are the answer at times."""
-        if rng.random() < 0.5:
+        """Another video; most have something in common with the first, so that both are the answer often enough."""
+        if rng.random() < _STRANGER_SHARE:
             return self._video(rng)
         seen = _looks_and_motions(shown)
-        candidates = [self._video(rng) for _ in range(8)]
+        candidates = [self._video(rng) for _ in range(_NUM_PARTNER_CANDIDATES)]
         return max(candidates, key=lambda candidate: len(seen & _looks_and_motions(candidate[1])))
 
     def _video(self, rng: random.Random) -> tuple[str, Shown]:
@@ -489,6 +514,8 @@ def _attend_in_frames(
     num_tokens = hidden_states.shape[0]
     qkv = module.qkv(hidden_states).reshape(num_tokens, 3, module.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
     query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *position_embeddings)
+    if query.is_cuda:
+        return module.proj(attend_in_padded_frames(query, key, qkv[2], cu_seqlens, module.scaling))
     runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
     outputs = []
     # Splitting, not slicing: the gradient of a slice is as large as the whole.
@@ -498,6 +525,20 @@ def _attend_in_frames(
         query, key, value = (x[number].reshape(shape).transpose(1, 2) for x in split)
         outputs.append(_attend(query, key, value, None, module.scaling).transpose(1, 2).flatten(0, 1))
     return module.proj(torch.cat(outputs).reshape(num_tokens, -1))
+
+
+def attend_in_padded_frames(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """All frames at once, (num_tokens, heads, head_dim) -> (num_tokens, hidden_size): GPUs wait for launches most."""
+    lengths = cu_seqlens.diff()
+    slots = torch.arange(int(lengths.max()), device=lengths.device)
+    is_full = slots < lengths[:, None]
+    places = torch.where(is_full, cu_seqlens[:-1, None] + slots, 0)
+    mask = torch.zeros(is_full.shape, dtype=query.dtype, device=query.device).masked_fill_(~is_full, -torch.inf)
+    padded = (x[places].transpose(1, 2) for x in (query, key, value.to(query.dtype)))
+    output = F.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None, :], scale=scaling)
+    return output.transpose(1, 2)[is_full].flatten(1)
 
 
 def _attend_masked(
@@ -512,6 +553,10 @@ def _attend_masked(
     """Transformers' attention interface; ``attention_mask`` is added to the scores."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if query.is_cuda:
+        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        output = F.scaled_dot_product_attention(query, key, value.to(query.dtype), attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
     return _attend(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
@@ -528,16 +573,16 @@ def _attend(
 AttentionInterface.register(ATTENTION_NAME, _attend_masked)
 
 
-def _fast_products() -> torch.autocast:
-    """Matrix products in bfloat16 where the CPU has units for it; elsewhere they would be many times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16_units())
+def _fast_products(device: torch.device) -> torch.autocast:
+    """Matrix products in bfloat16 on a GPU, and on a CPU that has units for it; others would be many times slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu_has_bfloat16_units())
 
 
-def watch(model: Qwen3VLForConditionalGeneration, batch: Glimpses) -> dict[str, torch.Tensor]:
+def watch(model: Qwen3VLForConditionalGeneration, batch: Glimpses, pool: Pool) -> dict[str, torch.Tensor]:
     """Features of the merged tokens of videos and of pictures, (num_tokens, hidden_size)."""
     return {
-        kind: model.model.visual(_normalized(pixels), grid_thw=grids).pooler_output
-        for kind, (pixels, grids) in batch.pixels.items()
+        kind: model.model.visual(_normalized(pool.gather(rows)), grid_thw=grids.to(model.device)).pooler_output
+        for kind, (rows, grids) in batch.rows.items()
     }
 
 
@@ -546,29 +591,33 @@ def _normalized(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def predict(
-    model: Qwen3VLForConditionalGeneration, batch: Batch, embedding: FactEmbedding
+    model: Qwen3VLForConditionalGeneration, batch: Batch, embedding: FactEmbedding, pool: Pool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits for every answer token, float32 (num_targets, vocabulary), and the tokens themselves."""
-    known = {"position_ids": batch.positions, "attention_mask": batch.mask, "use_cache": False}
+    there = model.device
+    tokens, targets = batch.tokens.to(there), batch.targets.to(there)
+    mask = mask_of(batch.segments.to(there))
+    known = {"position_ids": batch.positions.to(there), "attention_mask": mask, "use_cache": False}
     if batch.shows_facts:
-        shown = model.get_input_embeddings()(batch.tokens)
-        facts = embedding(torch.from_numpy(batch.all_cells.table())).to(shown.dtype)
-        shown = shown.flatten(0, 1).index_copy(0, batch.places, facts).view(shown.shape)
+        shown = model.get_input_embeddings()(tokens)
+        facts = embedding(torch.from_numpy(batch.all_cells.table()).to(there)).to(shown.dtype)
+        shown = shown.flatten(0, 1).index_copy(0, batch.places.to(there), facts).view(shown.shape)
         output = model.model.language_model(inputs_embeds=shown, **known)
     else:
         pixels: dict[str, torch.Tensor] = {}
-        for kind, (patches, grids) in batch.pixels.items():
+        for kind, (rows, grids) in batch.rows.items():
             pixel_name, grid_name = _INPUT_NAMES[kind]
-            pixels[pixel_name] = _normalized(patches)
-            pixels[grid_name] = grids
-        output = model.model(input_ids=batch.tokens, **known, **pixels)
-    logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch.targets - 1])
-    return logits.float(), batch.tokens.flatten()[batch.targets]
+            pixels[pixel_name] = _normalized(pool.gather(rows))
+            pixels[grid_name] = grids.to(there)
+        output = model.model(input_ids=tokens, **known, **pixels)
+    logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[targets - 1])
+    return logits.float(), tokens.flatten()[targets]
 
 
 def answer_loss(logits: torch.Tensor, wanted: torch.Tensor, kinds: list[tuple[str, int]]) -> torch.Tensor:
     """Mean cross-entropy; an answer of n tokens counts as the square root of n, or lists would drown the short ones."""
-    weights = torch.cat([torch.full((length,), length**-0.5) for _, length in kinds])
+    lengths = np.array([length for _, length in kinds])
+    weights = torch.from_numpy(np.repeat(lengths**-0.5, lengths)).float().to(logits.device)
     return (weights * F.cross_entropy(logits, wanted, reduction="none")).sum() / weights.sum()
 
 
@@ -576,29 +625,31 @@ class Scores:
     """Counts of answers said right, every token of them, by kind."""
 
     def __init__(self) -> None:
-        self._right: dict[str, int] = defaultdict(int)
-        self._asked: dict[str, int] = defaultdict(int)
-        self._seen: dict[str, list[float]] = defaultdict(list)
+        # Kept as they are until someone asks: reading a number from a GPU waits for all that it has to do.
+        self._said: list[tuple[torch.Tensor, list[tuple[str, int]]]] = []
+        self._seen: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def see(self, seen: dict[str, float]) -> None:
+    def see(self, seen: dict[str, torch.Tensor]) -> None:
         """Note what the teacher could read."""
         for name, value in seen.items():
             self._seen[name].append(value)
 
     def add(self, logits: torch.Tensor, wanted: torch.Tensor, kinds: list[tuple[str, int]]) -> None:
         """Count the answers of a batch."""
-        right = (logits.argmax(-1) == wanted).tolist()
-        start = 0
-        for kind, length in kinds:
-            self._right[kind] += all(right[start : start + length])
-            self._asked[kind] += 1
-            start += length
+        self._said.append((logits.argmax(-1) == wanted, kinds))
 
     def shares(self) -> dict[str, float]:
         """Share of right answers by kind, and of all."""
-        shares = {kind: round(self._right[kind] / asked, 3) for kind, asked in sorted(self._asked.items())}
-        seen = {name: round(sum(values) / len(values), 3) for name, values in self._seen.items()}
-        return {"all": round(sum(self._right.values()) / max(sum(self._asked.values()), 1), 3), **shares, **seen}
+        rights: dict[str, list[bool]] = defaultdict(list)
+        for said, kinds in self._said:
+            right, start = said.tolist(), 0
+            for kind, length in kinds:
+                rights[kind].append(all(right[start : start + length]))
+                start += length
+        shares = {kind: round(sum(right) / len(right), 3) for kind, right in sorted(rights.items())}
+        seen = {name: round(torch.stack(values).mean().item(), 3) for name, values in self._seen.items()}
+        num_right, num_asked = (sum(map(count, rights.values())) for count in (sum, len))
+        return {"all": round(num_right / max(num_asked, 1), 3), **shares, **seen}
 
 
 @dataclass
@@ -651,6 +702,25 @@ def _average_gradients(parameters: list[torch.nn.Parameter], num_workers: int) -
         parameter.grad = part.view_as(parameter)
 
 
+class _Draws(IterableDataset[tuple[Glimpses, int]]):
+    """Batches of one draw after the other, each with how many draws are used up when its own is done.
+
+    Of N processes each makes every N-th draw.
+    """
+
+    def __init__(self, lesson: Callable[[int], Iterator[Glimpses]], drawer: Drawer, first: int) -> None:
+        self._lesson, self._drawer, self._first = lesson, drawer, first
+
+    def __iter__(self) -> Iterator[tuple[Glimpses, int]]:
+        worker = get_worker_info()
+        number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for draw in itertools.count(self._first + number, step):
+            if worker is not None:
+                self._drawer.refresh()
+            for batch in self._lesson(draw):
+                yield batch, draw + 1
+
+
 class Trainer:
     """One worker of a run in one folder; number 0 writes the files."""
 
@@ -658,7 +728,8 @@ class Trainer:
         self._arguments, self._work, self._number = arguments, Path(arguments.work), number
         self._watcher = Watcher(self._work / "base")
         self._tokenizer: PreTrainedTokenizerFast = self._watcher.tokenizer.hf
-        self._pool = Pool(self._work / "pool")
+        self._device = torch.device(arguments.device)
+        self._pool = Pool(self._work / "pool", arguments.device)
         self._drawer = Drawer(self._watcher, self._pool, arguments.max_tokens, arguments.pair_share)
         self._meet_step = arguments.fact_steps + arguments.watch_steps
         self._watched: list[torch.Tensor] = []
@@ -669,18 +740,19 @@ class Trainer:
         """Train to the last step."""
         state, arguments = self._state, self._arguments
         self._let_learn()
-        scores, losses, started = Scores(), [], time.monotonic()
-        saved = time.monotonic()
+        scores, started = Scores(), time.monotonic()
+        losses: list[torch.Tensor] = []
+        began = saved = time.monotonic()
         for batch, draw in self._drawn():
             if state.step >= arguments.steps:
                 break
             for optimizer in state.optimizers:
                 scale = _MUON_SCALE if isinstance(optimizer, torch.optim.Muon) else 1.0
                 for group in optimizer.param_groups:
-                    group["lr"] = arguments.learning_rate * scale * self._rate()
+                    group["lr"] = arguments.learning_rate * scale * self._rate(time.monotonic() - began)
             losses.append(self._step(batch, scores))
             state.step += 1
-            if state.step in (arguments.fact_steps, self._meet_step):
+            if state.step in (arguments.head_steps, arguments.fact_steps, self._meet_step):
                 self._let_learn()
             state.draw = draw
             if state.step % arguments.log_steps == 0:
@@ -689,7 +761,7 @@ class Trainer:
                 continue
             if state.step % arguments.log_steps == 0:
                 seconds = round((time.monotonic() - started) / arguments.log_steps, 2)
-                mean = round(sum(losses) / len(losses), 4)
+                mean = round(torch.stack(losses).mean().item(), 4)
                 self._log(
                     {"loss": mean, "seconds_per_step": seconds, "clips": len(self._pool.items), **scores.shares()}
                 )
@@ -697,9 +769,12 @@ class Trainer:
             if state.step % arguments.measure_steps == 0:
                 self._log({"held_out": self._measure()})
                 started = time.monotonic()
-            if state.step == arguments.steps or time.monotonic() - saved > arguments.save_seconds:
+            is_over = arguments.max_seconds is not None and time.monotonic() - began >= arguments.max_seconds
+            if state.step == arguments.steps or is_over or time.monotonic() - saved > arguments.save_seconds:
                 self._save()
                 saved = time.monotonic()
+            if is_over:
+                break
 
     def _start(self) -> State:
         if self._arguments.start_from:
@@ -708,6 +783,7 @@ class Trainer:
         else:
             model = make_model(self._tokenizer, self._arguments.seed)
             _prepare(model, self._tokenizer)
+        nn.Module.to(model, self._device)
         average = copy.deepcopy(model)
         fit_for_training(model)
         fit_for_training(average)
@@ -716,6 +792,8 @@ class Trainer:
         embedding = FactEmbedding(model.lm_head.in_features)
         history, story = HistoryTeacher(model.lm_head.in_features), StoryTeacher(model.lm_head.in_features)
         clock = ClockTeacher(model.lm_head.in_features)
+        for helper in (teacher, embedding, history, story, clock):
+            helper.to(self._device)
         model.model.visual.merger.register_forward_hook(lambda _, __, features: self._watched.append(features))
         for place in (*_HISTORY_LAYERS, _STORY_LAYER):
             layer = model.model.language_model.layers[place]
@@ -726,7 +804,7 @@ class Trainer:
         state = State(model, average, teacher, embedding, history, story, clock, optimizers)
         path = self._work / "state.pt"
         if path.exists():
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, weights_only=True, map_location=self._device)
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
             teacher.load_state_dict(saved["teacher"])
@@ -742,8 +820,13 @@ class Trainer:
     def _let_learn(self) -> None:
         """Let the half learn whose lesson it is; when they meet, the vision tower's layers rest, its mergers do not.
 
-        The tower sees well then, and answers alone would make it see worse.
+        The tower sees well then, and answers alone would make it see worse. Beside trained weights the teachers are new:
+        until they can read something, what they ask for would only do harm.
         """
+        if self._state.step < self._arguments.head_steps:
+            self._state.model.requires_grad_(False)
+            self._state.embedding.requires_grad_(False)
+            return
         facts, meet = self._state.step < self._arguments.fact_steps, self._state.step >= self._meet_step
         for name, parameter in self._state.model.named_parameters():
             is_visual = name.startswith("model.visual.")
@@ -770,36 +853,47 @@ class Trainer:
         )
         partial.rename(path)
         published = copy.deepcopy(state.average)
-        torch.nn.Module.to(published, torch.bfloat16)
+        torch.nn.Module.to(published, "cpu", torch.bfloat16)
         write_checkpoint(self._work / "model", self._tokenizer, published)
 
-    def _rate(self) -> float:
-        """Share of the full learning rate: a plateau, a linear way down to nothing, and a warm-up of each lesson."""
-        step, arguments = self._state.step, self._arguments
-        way_down = arguments.steps * arguments.decay_share
-        since = step - max(start for start in (0, arguments.fact_steps, self._meet_step) if start <= step)
-        return min((since + 1) / arguments.warm_up_steps, 1.0, max(arguments.steps - step, 0) / max(way_down, 1))
+    def _rate(self, seconds: float) -> float:
+        """Share of the full learning rate: a plateau, a linear way down to nothing, and a warm-up of each lesson.
 
-    def _step(self, batch: Glimpses, scores: Scores) -> float:
-        state = self._state
+        The way down ends at the last step, or when a run of limited time ends if that comes first. Teachers that learn alone
+        are linear layers and learn faster.
+        """
+        step, arguments = self._state.step, self._arguments
+        if step < arguments.head_steps:
+            return _HEAD_RATE
+        left = max(arguments.steps - step, 0)
+        if arguments.max_seconds is not None:
+            left = min(left, arguments.steps * max(1 - seconds / arguments.max_seconds, 0.0))
+        way_down = arguments.steps * arguments.decay_share
+        starts = (0, arguments.head_steps, arguments.fact_steps, self._meet_step)
+        since = step - max(start for start in starts if start <= step)
+        return min((since + 1) / arguments.warm_up_steps, 1.0, left / max(way_down, 1))
+
+    def _step(self, batch: Glimpses, scores: Scores) -> torch.Tensor:
+        state, there = self._state, self._device
         self._watched.clear()
         self._recalled.clear()
-        loss = torch.zeros(())
-        with _fast_products():
+        loss = torch.zeros((), device=there)
+        with _fast_products(there):
             if isinstance(batch, Batch):
-                logits, wanted = predict(state.model, batch, state.embedding)
+                logits, wanted = predict(state.model, batch, state.embedding, self._pool)
                 loss = answer_loss(logits, wanted, batch.kinds)
                 scores.add(logits.detach(), wanted, batch.kinds)
             else:
-                watch(state.model, batch)
+                watch(state.model, batch, self._pool)
         if isinstance(batch, Batch):
             early, late, last = (self._states_of(states).flatten(0, 1) for states in self._recalled)
-            behind, known = state.history(early[batch.places], late[batch.places], batch.all_cells.history)
-            aside, found = state.story(last[batch.asked], batch.stories)
-            meant, told = state.clock(early[batch.ends], late[batch.ends], batch.clocks)
+            places, asked, ends = (x.to(there) for x in (batch.places, batch.asked, batch.ends))
+            behind, known = state.history(early[places], late[places], batch.all_cells.history)
+            aside, found = state.story(last[asked], batch.stories)
+            meant, told = state.clock(early[ends], late[ends], batch.clocks)
             scores.see({**known, **found, **told})
             loss = loss + self._arguments.history_weight * (behind + meant) + self._arguments.story_weight * aside
-        if batch.pixels:
+        if batch.rows and not (isinstance(batch, Batch) and self._arguments.teacher_weight == 0):
             weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
             loss = loss + weight * self._taught(batch, scores)
         loss.backward()
@@ -815,7 +909,7 @@ class Trainer:
             averages, values = state.average.parameters(), state.model.parameters()
             for average, value in zip(averages, values, strict=True):
                 average.lerp_(value, 1 - decay)
-        return loss.item()
+        return loss.detach()
 
     @staticmethod
     def _states_of(output: Any) -> torch.Tensor:
@@ -825,7 +919,7 @@ class Trainer:
         """How far the tower is from seeing what is there, and from saying it as the facts' embedding does."""
         state = self._state
         # Transformers encodes pictures before videos; watch() goes in the batch's order.
-        kinds = sorted(batch.pixels) if isinstance(batch, Batch) else list(batch.pixels)
+        kinds = sorted(batch.rows) if isinstance(batch, Batch) else list(batch.rows)
         losses, sizes = [], []
         for kind, features in zip(kinds, self._watched, strict=True):
             cells = batch.cells[kind]
@@ -834,19 +928,20 @@ class Trainer:
             losses.append((loss + far) * len(cells.colours))
             sizes.append(len(cells.colours))
             if kind == "video" or len(kinds) == 1:
-                scores.see({**seen, "far": float(far.detach())})
+                scores.see({**seen, "far": far.detach()})
         return torch.stack(losses).sum() / sum(sizes)
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Shares of right answers of the averaged model, each token given those before it, on clips never trained on."""
         arguments = self._arguments
-        held_out = Drawer(self._watcher, Pool(self._work / "val"), arguments.max_tokens, arguments.pair_share)
+        pool = Pool(self._work / "val", arguments.device)
+        held_out = Drawer(self._watcher, pool, min(arguments.max_tokens, 4096), arguments.pair_share)
         scores = Scores()
         for draw in range(arguments.measure_draws):
             for batch in self._prompts(held_out, -1 - draw, self._state.step):
-                with _fast_products():
-                    logits, wanted = predict(self._state.average, batch, self._state.embedding)
+                with _fast_products(self._device):
+                    logits, wanted = predict(self._state.average, batch, self._state.embedding, pool)
                 scores.add(logits, wanted, batch.kinds)
         return scores.shares()
 
@@ -858,23 +953,38 @@ class Trainer:
         arguments, number, step = self._arguments, self._state.draw, self._state.step
         changes = (arguments.few_group_steps, arguments.fact_steps, self._meet_step)
         while True:
-            worker_number = number * arguments.workers + self._number
-            if arguments.fact_steps <= step < self._meet_step:
-                batches: Iterator[Glimpses] = iter([self._drawer.glimpses(worker_number)])
-            else:
-                batches = self._prompts(self._drawer, worker_number, step)
-            for batch in batches:
-                yield batch, number + 1
+            for batch, used in self._batches(number, step):
+                yield batch, used
+                number = used
                 step += 1
                 if step in changes:
                     break
-            number += 1
+
+    def _batches(self, number: int, step: int) -> Iterator[tuple[Glimpses, int]]:
+        """Batches of a step's lesson from draw ``number`` on, without end, made by other processes if there are any."""
+        draws = _Draws(lambda draw: self._lesson(draw, step), self._drawer, number)
+        if not self._arguments.loaders:
+            return iter(draws)
+        loader: Any = DataLoader(
+            draws,
+            batch_size=None,
+            num_workers=self._arguments.loaders,
+            prefetch_factor=_LOADED_AHEAD,
+            multiprocessing_context="fork",
+        )
+        return iter(loader)
+
+    def _lesson(self, number: int, step: int) -> Iterator[Glimpses]:
+        worker_number = number * self._arguments.workers + self._number
+        if self._arguments.fact_steps <= step < self._meet_step:
+            return iter([self._drawer.glimpses(worker_number)])
+        return self._prompts(self._drawer, worker_number, step)
 
     def _prompts(self, drawer: Drawer, number: int, step: int) -> Iterator[Batch]:
         """Of facts, few groups of frames at first, or of pixels."""
         if step >= self._arguments.fact_steps:
             return drawer.batches(number)
-        max_groups = _FEW_GROUPS if step < self._arguments.few_group_steps else _MAX_GROUPS_OF_TWO
+        max_groups = _FEW_GROUPS if step < self._arguments.few_group_steps else _MAX_GROUPS_OF_FACTS
         return drawer.fact_batches(number, max_groups)
 
     def _drawn(self) -> Iterator[tuple[Glimpses, int]]:
@@ -918,6 +1028,9 @@ def main() -> None:
         help="trained weights to go on from, with their tokenizer; without lessons apart (--fact-steps 0 --watch-steps 0)",
     )
     parser.add_argument("--steps", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-seconds", type=float, help="of this run; the learning rate is down by then (default: no limit)"
+    )
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a batch, padded (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
@@ -925,6 +1038,11 @@ def main() -> None:
         choices=("muon", "adamw"),
         default="muon" if cpu_has_bfloat16_units() else "adamw",
         help="of the matrices between layers; Muon computes in bfloat16 (default: %(default)s, as this CPU is)",
+    )
+    parser.add_argument("--device", default="cpu", help='"cuda" for a GPU, which holds the pool, too (default: cpu)')
+    parser.add_argument("--loaders", type=int, default=0, help="processes that draw batches (default: a thread)")
+    parser.add_argument(
+        "--head-steps", type=int, default=0, help="at first, for the teachers alone, beside trained weights"
     )
     parser.add_argument("--warm-up-steps", type=int, default=100)
     parser.add_argument("--few-group-steps", type=int, default=1500, help="at first, few groups of frames at a time")
@@ -940,9 +1058,13 @@ def main() -> None:
     parser.add_argument("--measure-steps", type=int, default=1000)
     parser.add_argument("--measure-draws", type=int, default=3)
     parser.add_argument("--save-seconds", type=float, default=600)
-    parser.add_argument("--workers", type=int, default=3, help="processes of one thread (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes of one thread (default: 3, one for a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.workers is None:
+        arguments.workers = 3 if arguments.device == "cpu" else 1
+    if arguments.workers > 1 and arguments.device != "cpu":
+        parser.error("--workers: a GPU takes one worker")
     work = Path(arguments.work)
     prepare_base(work, arguments.start_from)
     (work / "pgid").write_text(f"{os.getpgid(0)}\n")
