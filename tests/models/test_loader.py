@@ -18,7 +18,7 @@ from filmstrip.errors import ModelLoadError
 from filmstrip.models import devices
 from filmstrip.models.checkpoint import open_checkpoint
 from filmstrip.models.cpu_features import cpu_has_bfloat16_units
-from filmstrip.models.devices import resolve_device, resolve_dtype
+from filmstrip.models.devices import forbid_tf32, resolve_device, resolve_dtype
 from filmstrip.models.loader import load_model
 from filmstrip.models.registry import find_architecture, model_class, supported_architectures
 
@@ -211,3 +211,22 @@ def test_a_broken_torchvision_is_named(qwen3_vl_dir, tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert "the installed torchvision does not fit PyTorch" in result.stdout, result.stderr
+
+
+def test_float32_on_a_gpu_is_float32():
+    """PyTorch's own default lets convolutions drop 13 of 23 bits."""
+    for device, dtype, allowed in (
+        (CUDA, torch.float32, False),
+        (CUDA, torch.bfloat16, True),
+        (CPU, torch.float32, True),
+    ):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            forbid_tf32(device, dtype)
+            assert torch.backends.cudnn.allow_tf32 is allowed
+
+
+def test_loading_forbids_tf32(qwen3_vl_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr("filmstrip.models.loader.forbid_tf32", lambda *device_and_dtype: asked.append(device_and_dtype))
+    load(qwen3_vl_dir, dtype="float32")
+    assert asked == [(CPU, torch.float32)]

@@ -11,6 +11,7 @@ from filmstrip.errors import ModelLoadError
 from filmstrip.models.base import Model
 from filmstrip.models.checkpoint import open_checkpoint
 from filmstrip.models.cpu_features import num_usable_cores
+from filmstrip.models.devices import forbid_tf32
 from filmstrip.models.registry import model_class
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 def load_model(config: EngineConfig) -> Model:
     """Load ``config.model``; its weights are in memory and its kernels compiled on return, its KV cache is not allocated.
 
-    Sets the number of threads of PyTorch in this process (``config.num_threads``). Raises :class:`ModelLoadError` if the
+    Sets the number of threads of PyTorch in this process (``config.num_threads``), and for float32 on a GPU that
+    convolutions do not compute in TF32. Raises :class:`ModelLoadError` if the
     checkpoint cannot be found, is not supported or is incomplete, or if its libraries cannot be imported.
     """
     if config.num_threads is not None and config.num_threads < 1:
@@ -29,6 +31,7 @@ def load_model(config: EngineConfig) -> Model:
     logger.info(
         "loading %s (%s) on %s in %s", checkpoint.model, checkpoint.architecture, checkpoint.device, checkpoint.dtype
     )
+    forbid_tf32(checkpoint.device, checkpoint.dtype)
     try:
         family = model_class(checkpoint.architecture)
         return family.load(checkpoint)
