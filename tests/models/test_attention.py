@@ -14,7 +14,7 @@ from filmstrip.models import cpu_attention, cpu_threads, cuda_attention, dense_a
 from filmstrip.models.batch import Batch
 from filmstrip.models.cpu_attention import CpuPagedAttention, plan_runs, plan_works
 from filmstrip.models.cuda_attention import CudaPagedAttention, find_varlen_attention, varlen_arguments
-from filmstrip.models.dense_attention import attend_dense
+from filmstrip.models.dense_attention import attend_all, attend_dense
 from filmstrip.models.paged_attention import AttentionShape, PagedAttention, Span
 from tests.models.batches import pack, text_request
 
@@ -423,6 +423,33 @@ def test_dense_attention_with_masks(monkeypatch):
     test_dense_attention(torch.float32, 16, 17)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_a_gpu_gets_no_heads_that_share_keys(monkeypatch, num_kv_heads):
+    """CUDA's memory-efficient kernel takes one row left over for a single query where the heads of an entry do."""
+    both = dense_attention.grouped
+    seen = []
+
+    def apart(query, keys, values, **_):
+        seen.append(both(query, keys, values, apart=True))
+        return seen[-1]
+
+    monkeypatch.setattr(dense_attention, "grouped", apart)
+    together = dense_attention.ungrouped
+    monkeypatch.setattr(dense_attention, "ungrouped", lambda output, **_: together(output, apart=True))
+    for rows, length in ((1, 90), (65, 65), (65, 165)):
+        test_dense_attention(torch.float32, rows, length)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(65, 6, 32, generator=generator)
+    keys, values = (torch.randn(40, num_kv_heads, 32, generator=generator).transpose(0, 1) for _ in range(2))
+    scores = torch.einsum("qgcd,gkd->gcqk", query.unflatten(1, (num_kv_heads, -1)).double(), keys.double()) * 0.3
+    expected = torch.einsum("gcqk,gkd->qgcd", scores.softmax(-1), values.double()).flatten(1, 2)
+    assert (attend_all(query, keys, values, 0.3).double() - expected).abs().max() < 1e-5
+    for rows, *shared in seen:
+        assert rows.shape[:2] == shared[0].shape[:2] == shared[1].shape[:2]
+        assert all(tensor.stride(1) != 0 for tensor in shared)
+        assert all(tensor.stride(0) == 0 for tensor in shared)  # no copies either
+
+
 def fake_varlen_attention(
     query,
     key,
@@ -567,7 +594,8 @@ def test_cuda_attention_on_a_gpu(dtype, window, spans, chunk_size):
     device = torch.device("cuda", 0)
     attention = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, device)
     host = CudaPagedAttention(AttentionShape(2, 16, 8, 128), dtype, CPU, attention.block_size)
-    lengths = [(1, 700), (300, 300), (40, 1000), (1, 1)]
+    # Of some a single row is left over in tiles of 32 or 64 rows.
+    lengths = [(1, 700), (300, 300), (40, 1000), (1, 1), (65, 165), (129, 129), (33, 33)]
     generator = torch.Generator().manual_seed(0)
     counts = [-(-length // attention.block_size) for _, length in lengths]
     blocks = iter(torch.randperm(sum(counts), generator=generator).tolist())

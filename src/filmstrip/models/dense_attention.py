@@ -45,10 +45,9 @@ def attend_dense(
     (n, num_query_heads, head_dim). Without ``bounds`` row i sees keys 0 .. L - n + i (a causal mask aligned at the lower
     right).
     """
-    num_rows, length, group = len(query), keys.shape[1], query.shape[1] // keys.shape[0]
-    # One batch entry per K and V head; its query heads share K and V by a stride of 0 instead of copies.
-    rows = query.transpose(0, 1).unflatten(0, (-1, group))
-    keys, values = (tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
+    num_rows, length = len(query), keys.shape[1]
+    heads_of_group_apart = query.device.type == "cuda"
+    rows, keys, values = grouped(query, keys, values, apart=heads_of_group_apart)
     if bounds is not None:
         output = _attend_within(rows, keys, values, scaling, bounds)
     elif num_rows in (1, length):
@@ -57,15 +56,37 @@ def attend_dense(
         output = _attend_in_two_parts(rows, keys, values, scaling)
     else:
         output = _attend_with_masks(rows, keys, values, scaling)
-    return output.flatten(0, 1).transpose(0, 1)
+    return ungrouped(output, apart=heads_of_group_apart)
 
 
 def attend_all(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention of n rows that see all L keys each; shapes as for :func:`attend_dense`."""
+    apart = query.device.type == "cuda"
+    output = F.scaled_dot_product_attention(*grouped(query, keys, values, apart=apart), scale=scaling)
+    return ungrouped(output, apart=apart)
+
+
+def grouped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, apart: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query heads beside the K and V heads that they share, by a stride of 0 instead of copies.
+
+    ``query`` is (n, num_query_heads, head_dim), ``keys`` and ``values`` are (num_kv_heads, L, head_dim). A batch entry has
+    the heads that share one K and V head; with ``apart`` it has one of each group, and all K and V heads. PyTorch's
+    memory-efficient kernel for CUDA needs that: where the heads of a batch entry share K and V, it takes one row that is
+    left over at the end of the queries (65 rows in tiles of 64, say) for a single query and computes something else
+    (https://github.com/pytorch/pytorch/issues/191937, fixed in PyTorch after 2.13).
+    """
     group = query.shape[1] // keys.shape[0]
     rows = query.transpose(0, 1).unflatten(0, (-1, group))
-    keys, values = (tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
-    return F.scaled_dot_product_attention(rows, keys, values, scale=scaling).flatten(0, 1).transpose(0, 1)
+    if apart:
+        return rows.transpose(0, 1), keys.expand(group, -1, -1, -1), values.expand(group, -1, -1, -1)
+    return rows, *(tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
+
+
+def ungrouped(output: torch.Tensor, *, apart: bool) -> torch.Tensor:
+    """Attention of :func:`grouped` heads as (n, num_query_heads, head_dim)."""
+    return (output.transpose(0, 1) if apart else output).flatten(0, 1).transpose(0, 1)
 
 
 def _attend_within(
