@@ -10,7 +10,8 @@ from filmstrip.demo.serving import running_server
 
 NUM_CLIPS = 40
 NUM_ABLATED_CLIPS = 10
-FLOOR = 0.93
+FLOOR = 0.96
+FLOOR_OF_TWO_VIDEOS = 0.9
 CHANCE = 0.35
 MEBIBYTE = 1 << 20
 
@@ -64,6 +65,8 @@ def test_it_answers_questions_about_clips_it_never_saw(server, folder):
     table = evaluate(server.url, folder, num_clips=NUM_CLIPS, first_seed=FIRST_SEED + 100_000)
     assert sum(table.asked.values()) > 5 * NUM_CLIPS
     assert table.share() >= FLOOR, table.wrong
+    assert table.asked["compare"] > 30
+    assert table.share("compare") >= FLOOR_OF_TWO_VIDEOS, table.wrong
 
 
 def test_without_order_or_times_it_cannot_tell(server, folder):
