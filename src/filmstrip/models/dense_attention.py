@@ -75,13 +75,13 @@ def grouped(
     the heads that share one K and V head; with ``apart`` it has one of each group, and all K and V heads. PyTorch's
     memory-efficient kernel for CUDA needs that: where the heads of a batch entry share K and V, it takes one row that is
     left over at the end of the queries (65 rows in tiles of 64, say) for a single query and computes something else
-    (https://github.com/pytorch/pytorch/issues/191937, fixed in PyTorch after 2.13).
+    (https://github.com/pytorch/pytorch/issues/191937, fixed there in August 2026).
     """
     group = query.shape[1] // keys.shape[0]
     rows = query.transpose(0, 1).unflatten(0, (-1, group))
     if apart:
         return rows.transpose(0, 1), keys.expand(group, -1, -1, -1), values.expand(group, -1, -1, -1)
-    return rows, *(tensor[:, None].expand(-1, group, -1, -1) for tensor in (keys, values))
+    return rows, keys[:, None].expand(-1, group, -1, -1), values[:, None].expand(-1, group, -1, -1)
 
 
 def ungrouped(output: torch.Tensor, *, apart: bool) -> torch.Tensor:
