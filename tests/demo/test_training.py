@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
@@ -403,11 +404,13 @@ def test_beside_trained_weights_the_teachers_learn_first(tmp_path: Path, pool: P
     prepare_base(tmp_path, str(bundled.MODEL))
     alone = {"fact_steps": 0, "watch_steps": 0, "start_from": str(bundled.MODEL), "head_steps": 2, "loaders": 2}
     words, heads = [], []
+    others = set(psutil.Process().children())
     for num_steps in (2, 4):
         Trainer(argparse.Namespace(**SETTINGS | alone | {"work": str(tmp_path), "steps": num_steps}), 0).run()
         saved = torch.load(tmp_path / "state.pt", weights_only=True)
         words.append(saved["model"]["model.language_model.layers.0.self_attn.q_proj.weight"])
         heads.append(saved["clock"]["reads.late.weight"])
+        assert set(psutil.Process().children()) <= others  # who drew the batches is gone
     model_class: Any = Qwen3VLForConditionalGeneration
     before = model_class.from_pretrained(bundled.MODEL, dtype=torch.float32).state_dict()
     assert torch.equal(words[0], before["model.language_model.layers.0.self_attn.q_proj.weight"])

@@ -17,6 +17,7 @@ prefix). So a step of 20 clips teaches about 400 questions.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import itertools
@@ -29,7 +30,7 @@ import threading
 import time
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ _HISTORY_LAYERS = (1, 3)
 _STORY_LAYER = 4
 """Behind which the places that must know a thing are asked for its story."""
 _HEAD_RATE = 4.0
+"""Of the learning rate, for teachers that learn alone."""
 _MUON_SCALE = 3.0
 """Muon's learning rate in AdamW's."""
 _MALLOC_SETTINGS = {
@@ -737,13 +739,17 @@ class Trainer:
         self._state = self._start()
 
     def run(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or as long as a run may take."""
+        with contextlib.closing(self._drawn()) as drawn:
+            self._train(drawn)
+
+    def _train(self, drawn: Iterator[tuple[Glimpses, int]]) -> None:
         state, arguments = self._state, self._arguments
         self._let_learn()
         scores, started = Scores(), time.monotonic()
         losses: list[torch.Tensor] = []
         began = saved = time.monotonic()
-        for batch, draw in self._drawn():
+        for batch, draw in drawn:
             if state.step >= arguments.steps:
                 break
             for optimizer in state.optimizers:
@@ -945,7 +951,7 @@ class Trainer:
                 scores.add(logits, wanted, batch.kinds)
         return scores.shares()
 
-    def _lessons(self) -> Iterator[tuple[Glimpses, int]]:
+    def _lessons(self) -> Generator[tuple[Glimpses, int], None, None]:
         """Batches from where training stands on, and how many draws are used up when one is done.
 
         Each step has the lesson it has for all workers, wherever in a draw one of them is.
@@ -987,23 +993,38 @@ class Trainer:
         max_groups = _FEW_GROUPS if step < self._arguments.few_group_steps else _MAX_GROUPS_OF_FACTS
         return drawer.fact_batches(number, max_groups)
 
-    def _drawn(self) -> Iterator[tuple[Glimpses, int]]:
-        """:meth:`_lessons`, made ahead in a thread."""
+    def _drawn(self) -> Generator[tuple[Glimpses, int], None, None]:
+        """:meth:`_lessons`, made ahead in a thread, which ends with its processes when this is closed."""
         ready: queue.Queue[tuple[Glimpses, int] | Exception] = queue.Queue(_DRAWN_AHEAD)
+        is_over = threading.Event()
+
+        def hand_over(drawn: tuple[Glimpses, int] | Exception) -> None:
+            while not is_over.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(drawn, timeout=0.1)
+                    return
 
         def draw() -> None:
             try:
-                for drawn in self._lessons():
-                    ready.put(drawn)
+                with contextlib.closing(self._lessons()) as lessons:
+                    for drawn in lessons:
+                        hand_over(drawn)
+                        if is_over.is_set():
+                            return
             except Exception as error:  # goes to the loop that waits for a batch
-                ready.put(error)
+                hand_over(error)
 
-        threading.Thread(target=draw, daemon=True).start()
-        while True:
-            drawn = ready.get()
-            if isinstance(drawn, Exception):
-                raise drawn
-            yield drawn
+        thread = threading.Thread(target=draw, daemon=True)
+        thread.start()
+        try:
+            while True:
+                drawn = ready.get()
+                if isinstance(drawn, Exception):
+                    raise drawn
+                yield drawn
+        finally:
+            is_over.set()
+            thread.join()
 
     def _log(self, values: dict[str, Any]) -> None:
         with (self._work / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -1065,6 +1086,8 @@ def main() -> None:
         arguments.workers = 3 if arguments.device == "cpu" else 1
     if arguments.workers > 1 and arguments.device != "cpu":
         parser.error("--workers: a GPU takes one worker")
+    if arguments.max_seconds is not None and (arguments.workers > 1 or arguments.max_seconds <= 0):
+        parser.error("--max-seconds: a positive number, and only with --workers 1, whose clocks cannot disagree")
     work = Path(arguments.work)
     prepare_base(work, arguments.start_from)
     (work / "pgid").write_text(f"{os.getpgid(0)}\n")
