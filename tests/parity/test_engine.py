@@ -38,7 +38,7 @@ class RecordingModel:
 
     def forward(self, batch):
         logits = self.model.forward(batch)
-        self.rows += list(logits.clone())
+        self.rows += list(logits.to("cpu", copy=True))
         return logits
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from filmstrip.config import EngineConfig
-from filmstrip.engine.engine import Engine, EngineLimits
 from filmstrip.models.loader import load_model
 from filmstrip.types import ProcessedPrompt
 from tests.models import glm_v, qwen2_vl, qwen3_omni, tiles
@@ -27,8 +26,9 @@ from tests.models.phi4_multimodal import add_adapter, make_phi4_multimodal
 from tests.models.qwen3_5 import make_qwen3_5, make_text_only
 from tests.models.text import ARCHITECTURES, make_text
 from tests.parity.conftest import Case, build_prompts, image, user
-from tests.parity.test_engine import RecordingModel, run
+from tests.parity.test_engine import run
 from tests.parity.test_formats import FAMILIES as FORMATS
+from tests.parity.test_qwen3_5 import make_engine
 
 DEVICE = "cuda"
 TOLERANCE = 1e-3
@@ -96,34 +96,10 @@ FAMILIES = {
 }
 
 
-class AnyRecordingModel(RecordingModel):
-    """Of recurrent models, too; what it remembers lies on the CPU."""
-
-    def allocate_states(self, num_slots):
-        self.model.allocate_states(num_slots)
-
-    def copy_state(self, source, target):
-        self.model.copy_state(source, target)
-
-    def forward(self, batch):
-        logits = self.model.forward(batch)
-        self.rows += list(logits.cpu().clone())
-        return logits
-
-
 def answers(path, device, prompts, num_tokens_per_step):
     """Tokens and logits of prompts that are computed together."""
     model = load_model(EngineConfig(path, device=device, dtype="float32", num_threads=2))
-    limits = EngineLimits(
-        num_blocks=-(-20_000 // model.info.block_size),
-        max_model_len=16_384,
-        max_num_seqs=8,
-        max_num_batched_tokens=num_tokens_per_step,
-        encoder_cache_bytes=1 << 26,
-        enable_prefix_caching=True,
-        num_state_checkpoints=4,
-    )
-    return run(Engine(AnyRecordingModel(model), limits), prompts)
+    return run(make_engine(model, max_num_batched_tokens=num_tokens_per_step), prompts)
 
 
 def conversations(family, cases, media_files, folder):

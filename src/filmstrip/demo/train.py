@@ -899,8 +899,8 @@ class Trainer:
             meant, told = state.clock(early[ends], late[ends], batch.clocks)
             scores.see({**known, **found, **told})
             loss = loss + self._arguments.history_weight * (behind + meant) + self._arguments.story_weight * aside
-        if batch.rows and not (isinstance(batch, Batch) and self._arguments.teacher_weight == 0):
-            weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
+        weight = self._arguments.teacher_weight if isinstance(batch, Batch) else 1.0
+        if batch.rows and weight:
             loss = loss + weight * self._taught(batch, scores)
         loss.backward()
         groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in state.optimizers)
@@ -942,7 +942,7 @@ class Trainer:
         """Shares of right answers of the averaged model, each token given those before it, on clips never trained on."""
         arguments = self._arguments
         pool = Pool(self._work / "val", arguments.device)
-        held_out = Drawer(self._watcher, pool, min(arguments.max_tokens, 4096), arguments.pair_share)
+        held_out = Drawer(self._watcher, pool, min(arguments.max_tokens, _TOKENS_PER_DRAWN_BATCH), arguments.pair_share)
         scores = Scores()
         for draw in range(arguments.measure_draws):
             for batch in self._prompts(held_out, -1 - draw, self._state.step):

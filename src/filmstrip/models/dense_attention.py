@@ -46,8 +46,8 @@ def attend_dense(
     right).
     """
     num_rows, length = len(query), keys.shape[1]
-    heads_of_group_apart = query.device.type == "cuda"
-    rows, keys, values = grouped(query, keys, values, apart=heads_of_group_apart)
+    apart = query.device.type == "cuda"
+    rows, keys, values = grouped(query, keys, values, apart=apart)
     if bounds is not None:
         output = _attend_within(rows, keys, values, scaling, bounds)
     elif num_rows in (1, length):
@@ -56,7 +56,7 @@ def attend_dense(
         output = _attend_in_two_parts(rows, keys, values, scaling)
     else:
         output = _attend_with_masks(rows, keys, values, scaling)
-    return ungrouped(output, apart=heads_of_group_apart)
+    return ungrouped(output, apart=apart)
 
 
 def attend_all(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
