@@ -144,6 +144,19 @@ def h264_interlaced(folder):
     return encode(folder / "fields.mp4", *H264, "-flags", "+ilme+ildct", "-x264-params", "tff=1")
 
 
+@clip("H.264, the middle third interlaced")
+def h264_partly_interlaced(folder):
+    fields = ("-flags", "+ilme+ildct", "-x264-params", "tff=1")
+    parts = [
+        encode(folder / f"{first}.ts", *H264, *arguments, num_frames=20, first=first)
+        for first, arguments in ((0, ()), (20, fields), (40, ()))
+    ]
+    playlist = folder / "parts.txt"
+    playlist.write_text("".join(f"file '{part}'\n" for part in parts))
+    ffmpeg("-f", "concat", "-safe", "0", "-i", playlist, "-c", "copy", folder / "partly.mp4")
+    return folder / "partly.mp4"
+
+
 @clip("H.264, 10 bit, 4:2:2")
 def h264_10bit_422(folder):
     return encode(folder / "deep.mp4", *X264, "-pix_fmt", "yuv422p10le")

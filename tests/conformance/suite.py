@@ -35,16 +35,16 @@ _HEAD = """\
 `pyav` decodes by default; `--video-decoder` chooses another for all videos, and a request chooses with
 `media_io_kwargs.video.backend` among those the server allows. Whatever is chosen, the index of frames and their times come
 from PyAV, so the same sampling means the same frames. What the library delivers is checked: size and time of every frame,
-and the picture of the first, the last and every empty one (for Decord, which does not tell what it decoded, of every frame)
-against PyAV's. A library that fails is refused for that file with an error (`media_decode_failed`) that says what it cannot
-do.
+and the picture of the first, the last and every empty one against PyAV's; for Decord, which does not tell what it decoded,
+of every frame; for OpenCV, which repeats a picture where it cannot convert the next, of every frame that equals the one
+before. A library that fails is refused for that file with an error (`media_decode_failed`) that says what it cannot do.
 
 | Decoder | Install | Reads | Notes |
 |---|---|---|---|
 | `pyav` | always there | only the groups of pictures that are needed | replaces frames that are damaged in the file |
 | `torchcodec` | `filmstrip[torchcodec]`, FFmpeg's shared libraries | by seeking | fails where the system's FFmpeg does |
 | `decord` | `filmstrip[decord]` | by seeking | keeps the file in memory; PyAV decodes every frame once more |
-| `opencv` | `filmstrip[opencv]` | in sequence, seeks over long stretches | converts HDR colours, so HDR may be refused |
+| `opencv` | `filmstrip[opencv]` | in sequence, seeks over long stretches | refuses some HDR and interlaced video |
 | `torchvision` | `filmstrip[torchvision]` | all frames up to the last | up to torchvision 0.27; keeps the file in memory |
 
 ## Conformance

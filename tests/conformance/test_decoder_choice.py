@@ -94,6 +94,19 @@ def test_a_torchvision_without_a_decoder_names_the_one_that_took_its_place(monke
         import_decoder("torchvision")
 
 
+@pytest.mark.skipif("opencv" not in INSTALLED, reason="OpenCV is not installed")
+def test_opencv_before_4_13_has_its_log_level_elsewhere(monkeypatch, clip):
+    import cv2
+
+    levels = [3]
+    monkeypatch.delattr(cv2.utils, "logging", raising=False)
+    monkeypatch.setattr(cv2, "getLogLevel", lambda: levels[-1], raising=False)
+    monkeypatch.setattr(cv2, "setLogLevel", levels.append, raising=False)
+    monkeypatch.delitem(sys.modules, "filmstrip.media.decoders.opencv", raising=False)
+    read_frames(open_video(BytesSource(clip), decoder="opencv"), [0], 1)
+    assert levels == [3, 0, 3]
+
+
 @pytest.fixture
 def with_torchvision(monkeypatch):
     """A torchvision that still has its decoder."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cv2
+import numpy as np
 
 from filmstrip.media.decoders.base import CONTAINER_FORMATS
 from filmstrip.media.decoders.checked import Check, CheckedReader, DecodedFrame, References, as_array, sample
@@ -21,6 +24,19 @@ _ENVIRONMENT = {
     "OPENCV_FFMPEG_LOGLEVEL": "-8",
 }
 _OPENING = threading.Lock()
+_LOGGING: Any = getattr(cv2.utils, "logging", cv2)
+"""Up to OpenCV 4.12 the functions that set the level are at the top."""
+_LOG_LEVEL_SILENT = 0
+_SWSCALE_PROGRESSIVE_ONLY = 9
+"""Major version of FFmpeg's libswscale in OpenCV from 4.13 on, which refuses to convert an interlaced picture to RGB. OpenCV
+then reports success and gives what its buffer held before. Up to OpenCV 4.12 (6.7) it converts them."""
+
+
+@functools.cache
+def converts_interlaced() -> bool:
+    """Whether this build of OpenCV turns interlaced pictures into RGB; yes where it does not tell its versions."""
+    version = re.search(r"swscale:\s+YES \((\d+)", cv2.getBuildInformation())
+    return version is None or int(version[1]) < _SWSCALE_PROGRESSIVE_ONLY
 
 
 class OpenCVReader(CheckedReader):
@@ -37,11 +53,13 @@ class OpenCVReader(CheckedReader):
         self, frame_indices: Sequence[int], num_threads: int, references: References, check: Check
     ) -> Generator[DecodedFrame, None, None]:
         """See :meth:`CheckedReader.frames`."""
+        if self.truth.is_interlaced and not converts_interlaced():
+            raise self.refuse("cannot convert interlaced pictures")
         film = _Film(self, num_threads, references, check)
         try:
             for index in frame_indices:
                 film.go_to(index)
-                yield film.frame()
+                yield film.frame(index)
         finally:
             film.close()
 
@@ -50,13 +68,14 @@ class _Film:
     """An open VideoCapture and the time of the picture it is at."""
 
     def __init__(self, reader: OpenCVReader, num_threads: int, references: References, check: Check) -> None:
-        self._reader, self._num_threads, self._check = reader, num_threads, check
+        self._reader, self._num_threads, self._references, self._check = reader, num_threads, references, check
         self._times = reader.metadata.timestamps
         self._zero_seconds = 0.0
         self._open()
-        references.compare(0, sample(self.frame().rgb))
+        self.frame(0)
 
     def _open(self) -> None:
+        self._last: np.ndarray | None = None
         self._file = self._reader.source.open()
         with _settings(), self._reader.failing_on("cannot open this video", self._check):
             self._capture = cv2.VideoCapture(
@@ -99,12 +118,19 @@ class _Film:
             self.close()
             self._open()
 
-    def frame(self) -> DecodedFrame:
-        """The picture it is at, BGR turned to RGB."""
+    def frame(self, index: int) -> DecodedFrame:
+        """The picture it is at, BGR turned to RGB; it should be that of frame ``index``.
+
+        Where OpenCV fails to convert a picture its buffer stays as it was, so one that may not be new is compared.
+        """
         is_whole, bgr = self._capture.retrieve()
         if not is_whole:
             raise ValueError("the picture cannot be converted")
-        return DecodedFrame(as_array(bgr[..., ::-1]), self._now())
+        rgb = as_array(bgr[..., ::-1])
+        if self._last is None or np.array_equal(self._last, rgb):
+            self._references.compare(index, sample(rgb))
+        self._last = rgb
+        return DecodedFrame(rgb, self._now())
 
     def close(self) -> None:
         """Free the decoder and the file."""
@@ -117,13 +143,13 @@ def _settings() -> Iterator[None]:
     """The demuxer list, no protocols and no printing: OpenCV takes them from the environment when it opens a video."""
     with _OPENING:
         before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        level = cv2.utils.logging.getLogLevel()
+        level = _LOGGING.getLogLevel()
         os.environ.update(_ENVIRONMENT)
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        _LOGGING.setLogLevel(_LOG_LEVEL_SILENT)
         try:
             yield
         finally:
-            cv2.utils.logging.setLogLevel(level)
+            _LOGGING.setLogLevel(level)
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]

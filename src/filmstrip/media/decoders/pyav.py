@@ -125,6 +125,7 @@ class PyAVReader:
         self._time_base = float(stream.time_base)
         first = self._first_frame(container, stream)
         self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
+        self.is_interlaced = bool(first.interlaced_frame)
         self._index = _without_lead(self._index, first.pts)
         self._first_decodable = self.frame_index(first.pts) or 0
         # GOPs that a job begins before its own: none, until a stream shows that its key frames do not stand alone.
