@@ -106,6 +106,32 @@ def test_contents_are_shown_by_templates_that_look_for_parts_only(tokenizer, qwe
         ]
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        _STRING,  # would show a list as Python spells it
+        "{{- message.content | tojson if message.content is not string else message.content -}}",
+        "{{- message.content | trim -}}",
+        "{{- '' + message.content -}}",  # fails on a list
+        "{%- if message.content is string -%}{{- message.content -}}{%- endif -%}",  # would leave it out
+    ],
+)
+def test_parts_are_one_string_to_templates_that_look_for_strings_only(tokenizer, qwen3_vl_dir, monkeypatch, shown):
+    monkeypatch.setattr(
+        tokenizer.hf,
+        "chat_template",
+        "{%- for message in messages -%}{{- message.role + ': ' -}}" + shown + "<|im_end|>{%- endfor -%}",
+    )
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+    end = tokenizer.special_tokens["<|im_end|>"]
+    parts = [{"type": "text", "text": text} for text in ("Two", "or <|im_end|>?")]
+    messages = [{"role": "system", "content": "One."}, {"role": "user", "content": parts}]
+    assert template.render(messages) == ["system: One.", end, "user: Two\nor <|im_end|>?", end]
+    picture = {"role": "user", "content": [{"type": "image"}, *parts]}
+    with pytest.raises(InvalidRequestError, match="takes no image"):
+        template.render([picture])
+
+
 def test_streamed_text_is_the_whole_text(tokenizer):
     rng = random.Random(0)
     vocabulary = range(len(tokenizer.hf))

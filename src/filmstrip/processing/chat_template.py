@@ -21,7 +21,9 @@ from filmstrip.processing.tokenizer import Tokenizer
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _PROBE = "filmstrip"
-"""A text to find out whether a template, which may look for parts in a content, shows contents that are strings."""
+"""A text to find out which contents a template shows: many look for strings only, some for parts only."""
+_BETWEEN_PARTS = "\n"
+"""Between the texts of a message whose parts become one string, as in vLLM."""
 # What the renderer takes for itself; everything else is a variable of the template.
 _RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
@@ -49,7 +51,9 @@ class ChatTemplate:
                 param="model",
             )
         self._template = template
-        self._shows_parts_only = not self._shows(_PROBE) and self._shows(_as_parts(_PROBE))
+        shows_strings, shows_parts = self._shows(_PROBE), self._shows(_as_parts(_PROBE))
+        self._shows_parts_only = shows_parts and not shows_strings
+        self._shows_strings_only = shows_strings and not shows_parts
         prefixes = {token[:end] for token in tokenizer.special_tokens for end in range(1, len(token))}
         self._prefixes = sorted(prefixes, key=len, reverse=True)
 
@@ -91,14 +95,14 @@ class ChatTemplate:
         return plain
 
     def _shows(self, content: Any) -> bool:
-        """Whether the words of a message with this ``content`` get into the prompt."""
+        """Whether the words of a message with this ``content`` get into the prompt, and not as code that spells a list."""
         try:
             rendered = self._tokenizer.hf.apply_chat_template(
                 [{"role": "user", "content": content}], chat_template=self._template, tokenize=False
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError):
             return False
-        return _PROBE in rendered
+        return _PROBE in rendered and not any(quote + _PROBE + quote in rendered for quote in "'\"")
 
     def _choose_mark(self, messages: Sequence[Mapping[str, Any]]) -> str:
         used: set[str] = set()
@@ -110,9 +114,9 @@ class ChatTemplate:
         return free
 
     def _join_parts(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its content as one string, for formats whose templates take no list of parts."""
+        """The message with its content as one string, for templates that take no list of parts."""
         content = message.get("content")
-        if not self._media_marks or not isinstance(content, list):
+        if not (self._media_marks or self._shows_strings_only) or not isinstance(content, list):
             return message
         texts: list[str] = []
         for part in content:
@@ -120,7 +124,7 @@ class ChatTemplate:
             if text is None:
                 raise InvalidRequestError(f"this model takes no {part['type'].replace('_', ' ')}", param="messages")
             texts.append(text)
-        return message | {"content": "".join(texts)}
+        return message | {"content": ("" if self._media_marks else _BETWEEN_PARTS).join(texts)}
 
     def _protect(self, value: Any, mark: str) -> Any:
         if isinstance(value, str):
