@@ -82,6 +82,8 @@ class ProcessorConfig:
     video: PixelLimits = PixelLimits()
     video_prompt_form: str = "auto"
     """Video prompt as written by newer Transformers (nested), by the first release (flat) or as installed (auto)."""
+    chat_template: str | None = None
+    """Jinja file to use in place of the checkpoint's chat template, or the template itself."""
 
 
 @dataclass(frozen=True)

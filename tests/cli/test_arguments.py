@@ -63,6 +63,7 @@ def test_every_layer_has_flags(tmp_path):
             "0",
         ),
         *("--media-io-kwargs", '{"video": {"num_frames": 10, "fps": 2}}', "--video-prompt-form", "flat"),
+        *("--chat-template", "words.jinja"),
         *("--mm-processor-kwargs", '{"image": {"max_pixels": 100}, "video": {"min_pixels": 5}}'),
         "dir/model",
     )
@@ -91,7 +92,7 @@ def test_every_layer_has_flags(tmp_path):
         media_cache_gb=0,
         video=FrameSampling(num_frames=10, fps=2),
     )
-    processor = ProcessorConfig(PixelLimits(None, 100), PixelLimits(5, None), "flat")
+    processor = ProcessorConfig(PixelLimits(None, 100), PixelLimits(5, None), "flat", "words.jinja")
     assert config == ServerConfig(
         LLMConfig(engine, media, processor),
         host="0.0.0.0",

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from filmstrip.cli.main import main
-from filmstrip.config import EngineConfig, LLMConfig
+from filmstrip.config import EngineConfig, LLMConfig, ProcessorConfig
 from filmstrip.demo.checkpoint import build_tokenizer
 from filmstrip.media.contact_sheet import contact_sheet, thumbnail_plan
 from filmstrip.processing.inspection import published_view
@@ -134,8 +134,8 @@ def test_pixel_limits_and_long_lists(inspect, found, clip):
     assert "... 6 more, which --json lists ..." in " ".join(inspect(clip, *limits)[1].split())
 
 
-async def build_prompt(model: str, url: str) -> ProcessedPrompt:
-    builder = PromptBuilder(LLMConfig(EngineConfig(model)))
+async def build_prompt(model: str, url: str, **processor) -> ProcessedPrompt:
+    builder = PromptBuilder(LLMConfig(EngineConfig(model), processor=ProcessorConfig(**processor)))
     try:
         messages = [{"role": "user", "content": [{"type": "video_url", "video_url": url}]}]
         return await builder.build(messages, max_model_len=32_768, report=lambda progress: None)
@@ -153,6 +153,22 @@ def test_a_checkpoint_is_counted_exactly_and_without_weights(found, qwen3_vl_dir
     for name in ("frame_indices", "timestamps", "width", "height", "num_tokens"):
         assert said[name] == getattr(record, name)
     assert said["max_model_len"] == 32_768
+
+
+def test_another_chat_template_is_counted(found, qwen3_vl_dir, clip, tmp_path):
+    """The same of inspecting and of asking: nothing but the video, which is 3 groups of frames with their times."""
+    template = tmp_path / "bare.jinja"
+    template.write_text("<|vision_start|><|video_pad|><|vision_end|>")
+    said = found(clip, "--model", qwen3_vl_dir, "--chat-template", template)
+    prompt = asyncio.run(build_prompt(qwen3_vl_dir, str(clip), chat_template=str(template)))
+    assert said["prompt_tokens"] == len(prompt.token_ids)
+    assert said["prompt_tokens"] < found(clip, "--model", qwen3_vl_dir)["prompt_tokens"]
+
+
+@pytest.mark.parametrize("flag", ["--chat-template", "--revision"])
+def test_what_a_model_has_needs_a_model(inspect, clip, flag):
+    assert inspect(clip, flag, "x")[0] == 2
+    assert f"argument {flag}: needs --model" in inspect(clip, flag, "x")[2]
 
 
 def test_words_are_counted_as_qwen_cuts_them():

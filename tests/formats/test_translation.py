@@ -230,7 +230,9 @@ def test_words_of_yi_vl(tmp_path):
 
 def test_a_format_without_a_template_of_its_own(tmp_path):
     path, _ = formats.make_llava_original(tmp_path, "LlavaMistralForCausalLM")
-    with pytest.raises(ModelLoadError, match=r"has no chat template.* put one beside it as chat_template\.jinja"):
+    with pytest.raises(
+        ModelLoadError, match=r"has no chat template.* --chat-template .* beside it as chat_template\.jinja"
+    ):
         render(path, CONVERSATION)
     (Path(path) / "chat_template.jinja").write_text(formats.CHATML)
     assert render(path, CONVERSATION)[0].endswith("<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant")

@@ -5,7 +5,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from filmstrip.errors import InvalidRequestError
+from filmstrip.errors import InvalidRequestError, ModelLoadError
 from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import assemble
@@ -130,6 +130,40 @@ def test_parts_are_one_string_to_templates_that_look_for_strings_only(tokenizer,
     picture = {"role": "user", "content": [{"type": "image"}, *parts]}
     with pytest.raises(InvalidRequestError, match="takes no image"):
         template.render([picture])
+
+
+_TERSE = "{%- for message in messages -%}{{- message.content ~ '|' -}}{%- endfor -%}"
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_another_template_takes_the_place_of_the_checkpoints(tokenizer, qwen3_vl_dir, tmp_path, is_file):
+    (tmp_path / "terse").write_text(_TERSE)
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir), str(tmp_path / "terse") if is_file else _TERSE)
+    assert template.render([{"role": "user", "content": "One?"}]) == ["One?|"]
+
+
+def test_of_several_templates_the_default_is_taken(tokenizer, qwen3_vl_dir, monkeypatch):
+    """As tokenizer_config.json may have them: a list of names and templates."""
+    monkeypatch.setattr(tokenizer.hf, "chat_template", {"tool_use": "{{- 'tools' -}}", "default": _TERSE})
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+    assert template.render([{"role": "user", "content": "One?"}]) == ["One?|"]
+    monkeypatch.setattr(tokenizer.hf, "chat_template", {"tool_use": _TERSE})
+    with pytest.raises(ModelLoadError, match="has no chat template"):
+        ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+
+
+def test_a_template_that_cannot_be_had_is_refused_at_once(tokenizer, qwen3_vl_dir, tmp_path):
+    files = CheckpointFiles(qwen3_vl_dir)
+    with pytest.raises(ModelLoadError, match="cannot read the chat template no/such: No such file"):
+        ChatTemplate(tokenizer, files, "no/such")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ModelLoadError, match=r"bytes: it is no text in UTF-8"):
+        ChatTemplate(tokenizer, files, str(tmp_path / "bytes"))
+    with pytest.raises(ModelLoadError, match=r"line 2 of the chat template is not valid Jinja: .*endfor"):
+        ChatTemplate(tokenizer, files, "{%- for message in messages -%}\n{{- message.content -}}")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ModelLoadError, match="is empty"):
+        ChatTemplate(tokenizer, files, str(tmp_path / "empty"))
 
 
 def test_streamed_text_is_the_whole_text(tokenizer):

@@ -141,7 +141,13 @@ def chat_media(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def inspect_config(arguments: argparse.Namespace) -> LLMConfig:
-    """Settings of ``filmstrip inspect``; its ``engine.model`` is empty if no model was named."""
+    """Settings of ``filmstrip inspect``; its ``engine.model`` is empty if no model was named.
+
+    Raises UsageError for what only a named model has.
+    """
+    for name in ("revision", "chat_template"):
+        if hasattr(arguments, name) and not arguments.model:
+            raise UsageError(f"argument {flag_name(name)}: needs --model")
     pixels = arguments.mm_processor_kwargs or MediaOptions()
     return LLMConfig(
         EngineConfig(arguments.model or "", **given_flags(arguments, EngineConfig, skip={"model"})),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -29,25 +30,30 @@ _RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_cha
 
 
 class ChatTemplate:
-    """Renders conversations with the template that came with the checkpoint."""
+    """Renders conversations with the template that came with the checkpoint, or another."""
 
-    def __init__(self, tokenizer: Tokenizer, files: CheckpointFiles) -> None:
-        """Find the template in the tokenizer, ``chat_template.jinja`` or ``chat_template.json``, else take the format's.
+    def __init__(self, tokenizer: Tokenizer, files: CheckpointFiles, given: str | None = None) -> None:
+        """Take the template ``given``, a file or the template itself, in place of the checkpoint's own.
 
-        ModelLoadError if there is none.
+        That is the tokenizer's, ``chat_template.jinja`` or ``chat_template.json``, else that of the checkpoint's format.
+        ModelLoadError if there is none, or it is not valid Jinja.
         """
         self._tokenizer = tokenizer
         self._media_marks = files.translation.media_marks
         template = (
-            tokenizer.hf.chat_template
+            _given_template(given)
+            if given is not None
+            else tokenizer.hf.chat_template
             or files.text("chat_template.jinja")
             or files.json("chat_template.json").get("chat_template")
             or files.translation.chat_template
         )
+        if isinstance(template, Mapping):  # several, by name
+            template = template.get("default")
         if not template:
             raise ModelLoadError(
-                f"{files.model!r} has no chat template, so it cannot answer messages; put one beside it as "
-                "chat_template.jinja",
+                f"{files.model!r} has no chat template, so it cannot answer messages; give one with --chat-template "
+                "(chat_template), or put one beside it as chat_template.jinja",
                 param="model",
             )
         self._template = template
@@ -100,6 +106,10 @@ class ChatTemplate:
             rendered = self._tokenizer.hf.apply_chat_template(
                 [{"role": "user", "content": content}], chat_template=self._template, tokenize=False
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelLoadError(
+                f"line {error.lineno} of the chat template is not valid Jinja: {error.message}", param="chat_template"
+            ) from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError):
             return False
         return _PROBE in rendered and not any(quote + _PROBE + quote in rendered for quote in "'\"")
@@ -143,6 +153,20 @@ class ChatTemplate:
             at = len(text) - len(tail) + 1
             text = text[:at] + mark + text[at:]
         return text
+
+
+def _given_template(given: str) -> str:
+    """The template that ``given`` is, or that the file of this name holds."""
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ModelLoadError(f"cannot read the chat template {given}: {reason}", param="chat_template") from error
+    if not text.strip():
+        raise ModelLoadError(f"the chat template {given} is empty", param="chat_template")
+    return text
 
 
 def _as_parts(content: Any) -> Any:

@@ -98,7 +98,7 @@ def view_of_checkpoint(config: LLMConfig) -> ModelView:
     engine = config.engine
     files = CheckpointFiles(engine.model, engine.revision)
     tokenizer = Tokenizer(engine.model, engine.revision, files.translation.control_tokens)
-    template = ChatTemplate(tokenizer, files)
+    template = ChatTemplate(tokenizer, files, config.processor.chat_template)
     return ModelView(
         engine.model,
         create_processor(tokenizer, files, config.processor, config.media),

@@ -47,7 +47,7 @@ class PromptBuilder:
         self.generation_config = files.json("generation_config.json")
         # Before the template: files of what cannot be served may have none, which is then not the reason.
         self._processor = create_processor(self.tokenizer, files, config.processor, config.media)
-        self._template = ChatTemplate(self.tokenizer, files)
+        self._template = ChatTemplate(self.tokenizer, files, config.processor.chat_template)
         self._loader = MediaLoader(config.media)
         self.pipeline = MediaPipeline(
             self._loader,
