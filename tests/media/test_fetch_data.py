@@ -11,7 +11,8 @@ from filmstrip.config import MediaConfig
 from filmstrip.errors import FilmstripError, MediaFetchError, MediaTooLargeError
 from filmstrip.media import data_url
 from filmstrip.media.data_url import decode_base64
-from filmstrip.media.fetch import Fetcher, is_frames_url
+from filmstrip.media.fetch import Fetcher
+from filmstrip.media.frames import is_frames_url
 from filmstrip.media.source import BytesSource, FileSource
 
 PIXELS = bytes(range(256)) * 3

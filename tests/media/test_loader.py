@@ -22,7 +22,8 @@ from filmstrip.errors import (
     MediaTooLargeError,
 )
 from filmstrip.media.fetch import Fetcher
-from filmstrip.media.loader import MediaLoader, is_presampled
+from filmstrip.media.frames import is_presampled
+from filmstrip.media.loader import MediaLoader
 from filmstrip.types import FramePlan, FrameTiming, ImageMetadata, MediaItem, Modality, PatchLayout, VideoMetadata
 from tests.media.web import replying, serving
 

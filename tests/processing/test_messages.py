@@ -97,6 +97,87 @@ def test_timestamps_of_an_item_go_before_the_requests_indices():
     assert item.timing == FrameTiming(timestamps=(0, 1.5), duration=8.0)
 
 
+@pytest.mark.parametrize(
+    ("own", "requests", "merged"),
+    [
+        # A rate meant for the files of the request is not that of frames whose length is known.
+        ({"duration": 8.0}, {"fps": 4}, {"duration": 8.0}),
+        (
+            {"duration": 8.0, "frames_indices": [0, 3]},
+            {"fps": 4},
+            {"duration": 8.0, "frames_indices": (0, 3), "fps": 4},
+        ),
+        (
+            {"duration": 8.0, "frames_indices": [0, 3], "total_num_frames": 80},
+            {"fps": 4},
+            {"duration": 8.0, "frames_indices": (0, 3), "total_num_frames": 80},
+        ),
+        ({"duration": 8.0}, {"timestamps": [1, 2]}, {"duration": 8.0, "timestamps": (1, 2)}),
+        ({"fps": 4}, {"timestamps": [1, 2]}, {"fps": 4}),
+        ({"fps": 4}, {"duration": 8.0}, {"fps": 4}),
+        ({"fps": 4}, {"frames_indices": [0, 3]}, {"fps": 4, "frames_indices": (0, 3)}),
+        ({"fps": 4, "frames_indices": [0, 3]}, {"timestamps": [1, 2]}, {"fps": 4, "frames_indices": (0, 3)}),
+        ({"total_num_frames": 9}, {"timestamps": [1, 2]}, {"total_num_frames": 9}),
+    ],
+)
+def test_what_a_part_says_of_its_frames_times_is_not_contradicted_by_the_request(own, requests, merged):
+    options = parse_media_options({"video": requests}, None, OPTIONS)
+    (item,) = parse([{"type": "video_frames", "video_frames": {"frames": ["a", "b"], **own}}], options).items
+    assert item.timing == FrameTiming(**merged)
+
+
+@pytest.mark.parametrize(
+    ("own", "requests", "merged"),
+    [
+        ({"max_pixels": 200}, {"min_pixels": 300}, PixelLimits(200, 200)),
+        ({"max_pixels": 200}, {"min_pixels": 100}, PixelLimits(100, 200)),
+        ({"min_pixels": 300}, {"max_pixels": 200}, PixelLimits(300, 300)),
+        ({"min_pixels": 100}, {"max_pixels": 200}, PixelLimits(100, 200)),
+        ({"min_pixels": 5, "max_pixels": 9}, {"min_pixels": 1, "max_pixels": 2}, PixelLimits(5, 9)),
+        ({}, {"min_pixels": 1, "max_pixels": 2}, PixelLimits(1, 2)),
+    ],
+)
+def test_a_limit_of_the_item_beats_the_opposite_one_of_the_request(own, requests, merged):
+    options = parse_media_options(None, {"image": requests}, OPTIONS)
+    (item,) = parse([{"image_url": {"url": "a", **own}}], options).items
+    assert item.pixels == merged
+
+
+@pytest.mark.parametrize("name", ["frames_indices", "timestamps", "total_num_frames", "duration"])
+def test_times_of_the_clients_frames_are_refused_for_a_file(name):
+    """Of a request they are about those videos that are lists of frames."""
+    value = [0, 1] if name in ("frames_indices", "timestamps") else 3
+    with pytest.raises(InvalidRequestError, match="which of its frames are shown") as caught:
+        parse([{"video_url": {"url": "clip.mp4", name: value}}])
+    assert caught.value.param == f"messages[0].content[0].video_url.{name}"
+    parse([{"video_url": "clip.mp4"}], parse_media_options({"video": {name: value}}, None, OPTIONS))
+    parse([{"video_url": {"url": "clip.mp4", name: None}}])
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ('{"city": "Paris"}', {"city": "Paris"}),
+        ("", {}),
+        ({"city": "Paris"}, {"city": "Paris"}),
+        ("[1]", "[1]"),
+        ("{city}", "{city}"),
+        ("[" * 100_000, "[" * 100_000),
+        (None, None),
+    ],
+)
+def test_arguments_of_tool_calls_are_objects_to_the_template(sent, shown):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": sent}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call, "odd"]},
+        {"role": "tool", "content": "no", "tool_call_id": "1"},
+    ]
+    converted = parse_messages(messages, OPTIONS, max_items=0).messages
+    assert converted[1]["tool_calls"] == [call | {"function": {"name": "weather", "arguments": shown}}, "odd"]
+    assert call["function"]["arguments"] == sent  # the caller's own is left alone
+
+
 def test_the_decoder_is_chosen_by_server_request_or_item():
     options = parse_media_options({"video": {"backend": "opencv"}}, None, MediaOptions(video_decoder="decord"))
     plain, own = parse([{"video_url": "a"}, {"video_url": {"url": "b", "video_backend": "pyav"}}], options).items
@@ -171,6 +252,8 @@ def test_a_wrong_sampling_rate_names_the_field(rate):
         ("hello", "messages"),
         ([1], "messages[0]"),
         ([{"role": "boss", "content": "x"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": {"user": 1}, "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
         ([{"role": "user", "content": [3]}], "messages[0].content[0]"),

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import itertools
 import os
-import re
 import ssl
 import threading
 import time
@@ -44,7 +43,6 @@ MAX_MEMORY_BYTES = 32 * 1024**2
 MAX_FRAMES_AT_ONCE = 8
 """Frames of one video that are fetched at the same time, each from a URL of its own."""
 
-_FRAMES_URL = re.compile(r"data:\s*video/(jpeg|jpg|png|webp)\s*[;,]", re.IGNORECASE)
 _DATA_FAMILIES = ("", "image", "video", "audio", "application")
 _DATA_TEXT_TYPES = ("text/plain", "text/csv")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -136,7 +134,7 @@ class Fetcher:
             return await self._in_time(self._fetch_in_order(urls))
 
     async def fetch_frames(self, url: str, *, param: str | None = None) -> list[MediaSource]:
-        """The frames of a ``data:video/jpeg;base64,a,b,c`` URL (see :func:`is_frames_url`), in order.
+        """The frames of a ``data:video/jpeg;base64,a,b,c`` URL (see :func:`filmstrip.media.frames.is_frames_url`), in order.
 
         Raises MediaTooLargeError over ``max_video_frames`` or ``max_media_bytes`` before anything is decoded, else as
         :meth:`fetch`.
@@ -450,11 +448,6 @@ class Fetcher:
         with self._stats_lock:
             for name, count in counts.items():
                 setattr(self._stats, name, getattr(self._stats, name) + count)
-
-
-def is_frames_url(url: str) -> bool:
-    """Whether ``url`` is a data URL of frames sampled by the client: ``data:video/jpeg;base64,a,b,c`` (or png, webp)."""
-    return _FRAMES_URL.match(url) is not None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import numbers
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,27 @@ from filmstrip.errors import InvalidRequestError, MediaDecodeError, MediaTooLarg
 from filmstrip.media.decoders.base import Consume
 from filmstrip.media.image import open_image, probe_image
 from filmstrip.media.source import MediaSource
-from filmstrip.types import FrameTiming, VideoMetadata
+from filmstrip.types import FrameTiming, MediaItem, Modality, VideoMetadata
 
 ASSUMED_FPS = 2.0
 _FPS_RANGE = (1e-6, 1e6)
 _SECONDS_RANGE = (1e-6, 1e9)
 _MAX_INDEX = 2**31 - 1
 
+_FRAMES_URL = re.compile(r"data:\s*video/(jpeg|jpg|png|webp)\s*[;,]", re.IGNORECASE)
+
 TIMING_FIELDS = ("frames_indices", "total_num_frames", "duration", "timestamps")
 """What can be said of the times of frames sampled by the client, beside fps."""
+
+
+def is_frames_url(url: str) -> bool:
+    """Whether ``url`` is a data URL of frames sampled by the client: ``data:video/jpeg;base64,a,b,c`` (or png, webp)."""
+    return _FRAMES_URL.match(url) is not None
+
+
+def is_presampled(item: MediaItem) -> bool:
+    """Whether ``item`` is a video whose frames were chosen by the client: a list of pictures or an array."""
+    return item.type is Modality.VIDEO and (item.url is None or is_frames_url(item.url))  # no url: frame_urls or data
 
 
 def parse_frame_timing(values: Mapping[str, Any], param: str, *, fps: float | None = None) -> FrameTiming:

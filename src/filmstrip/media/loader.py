@@ -25,8 +25,8 @@ from filmstrip.config import MediaConfig
 from filmstrip.errors import InvalidRequestError, MediaDecodeError
 from filmstrip.media import worker_messages as messages
 from filmstrip.media.data_url import parse_data_url
-from filmstrip.media.fetch import Fetcher, about, is_frames_url
-from filmstrip.media.frames import check_frame_array, open_frame_array
+from filmstrip.media.fetch import Fetcher, about
+from filmstrip.media.frames import check_frame_array, is_frames_url, open_frame_array
 from filmstrip.media.image import image_from_data
 from filmstrip.media.patches import write_patches
 from filmstrip.media.remote import RangeServer
@@ -421,11 +421,6 @@ class MediaLoader:
 def _fetched_frames(item: MediaItem, frames: Sequence[MediaSource]) -> FetchedMedia:
     hashes = [frame.content_hash for frame in frames]
     return FetchedMedia(item, tuple(frames), _hash_frames(hashes, item), sum(frame.num_bytes for frame in frames))
-
-
-def is_presampled(item: MediaItem) -> bool:
-    """Whether ``item`` is a video whose frames were chosen by the client: a list of pictures or an array."""
-    return item.type is Modality.VIDEO and (item.url is None or is_frames_url(item.url))  # no url: frame_urls or data
 
 
 class _FrameLimits(TypedDict):

@@ -23,8 +23,8 @@ from PIL import Image
 from filmstrip.config import MediaConfig
 from filmstrip.errors import InvalidRequestError, MediaDecodeError
 from filmstrip.media.decoders.base import VideoReader
-from filmstrip.media.fetch import Fetcher, is_frames_url
-from filmstrip.media.frames import open_frames
+from filmstrip.media.fetch import Fetcher
+from filmstrip.media.frames import is_frames_url, open_frames
 from filmstrip.media.image import image_from_data, open_image
 from filmstrip.media.sampling import sample_frame_indices
 from filmstrip.media.source import BytesSource, MediaSource

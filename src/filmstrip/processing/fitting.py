@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from filmstrip.media.loader import is_presampled
+from filmstrip.media.frames import is_presampled
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.media_pipeline import PlannedItem
 from filmstrip.types import MediaItem, Modality

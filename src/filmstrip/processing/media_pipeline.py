@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
-from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia, is_presampled
+from filmstrip.media.frames import is_presampled
+from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia
 from filmstrip.media.sampling import shown_seconds
 from filmstrip.processing.base import PlannedMedia, Processor, TimeSeriesProcessor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors

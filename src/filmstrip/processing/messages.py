@@ -8,6 +8,8 @@ of frames (Python API), and likewise ``time_series``. Settings may stand in the 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 from filmstrip.config import VIDEO_DECODERS
 from filmstrip.errors import InvalidRequestError
-from filmstrip.media.frames import TIMING_FIELDS, parse_frame_timing
+from filmstrip.media.frames import TIMING_FIELDS, is_presampled, parse_frame_timing
 from filmstrip.media.sampling import parse_frame_sampling
 from filmstrip.media.time_series import check_sampling_rate
 from filmstrip.types import FrameSampling, FrameTiming, MediaItem, Modality, PixelLimits
@@ -145,12 +147,14 @@ def _message(message: Any, param: str, options: MediaOptions, items: list[MediaI
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"{param} must be an object with role and content", param=param)
     role = message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequestError(
             f"{param}.role must be one of {', '.join(sorted(_ROLES))}, not {role!r:.80}", param=f"{param}.role"
         )
     converted = {key: value for key, value in message.items() if key not in {"role", "content"} and value is not None}
     converted["role"] = "system" if role == "developer" else role
+    if isinstance(message.get("tool_calls"), Sequence):
+        converted["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
     content = message.get("content")
     if content is None:
         if role != "assistant":
@@ -164,6 +168,18 @@ def _message(message: Any, param: str, options: MediaOptions, items: list[MediaI
     else:
         raise InvalidRequestError(f"{param}.content must be a string or a list of parts", param=f"{param}.content")
     return converted
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """A tool call whose arguments, a string of JSON in OpenAI's API, are the object that chat templates look for."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call  # the template may show it as it is
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _part(part: Any, param: str, options: MediaOptions, items: list[MediaItem]) -> dict[str, Any]:
@@ -213,9 +229,17 @@ def _media_item(part: Mapping[str, Any], kind: str, modality: Modality, param: s
         raise InvalidRequestError(f"{where} must be a URL", param=where)
     else:
         content["data"] = value
-    return MediaItem(
+    item = MediaItem(
         modality, param=where, **content, **_item_settings(settings, modality, f"{param}.{field}", options)
     )
+    unused = next((name for name in TIMING_FIELDS if settings.get(name) is not None), None)
+    if unused is not None and not is_presampled(item):
+        raise InvalidRequestError(
+            f"{param}.{field}.{unused} is about frames that the client sends (data:video/jpeg, video_frames), and this is a "
+            "file; num_frames, fps, start and end say which of its frames are shown",
+            param=f"{param}.{field}.{unused}",
+        )
+    return item
 
 
 def _item_settings(settings: dict[str, Any], modality: Modality, param: str, options: MediaOptions) -> dict[str, Any]:
@@ -311,14 +335,34 @@ def _parse_decoder(values: Mapping[str, Any], param: str) -> str | None:
 
 
 def _timing_or_else(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
-    if timing.timestamps is not None:  # these say it all
+    """``timing`` filled up from ``default``, without what of it says otherwise when the frames are."""
+    if timing.timestamps is not None:
         default = FrameTiming(duration=default.duration)
+    if any(value is not None for value in (timing.fps, timing.frames_indices, timing.total_num_frames)):
+        default = dataclasses.replace(default, timestamps=None)
+    if timing.fps is not None:
+        default = dataclasses.replace(default, duration=None)
+    merged = _filled_up(timing, default)
+    # Of frames that are all there is, or whose clip's length in frames is known, a duration says the rate.
+    if (
+        timing.duration is not None
+        and timing.fps is None
+        and (merged.frames_indices is None or merged.total_num_frames)
+    ):
+        merged = dataclasses.replace(merged, fps=None)
+    return merged
+
+
+def _filled_up(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
     mine, theirs = vars(timing), vars(default)
     return FrameTiming(**{name: theirs[name] if value is None else value for name, value in mine.items()})
 
 
 def _or_else(limits: PixelLimits, default: PixelLimits) -> PixelLimits:
-    return PixelLimits(
-        default.min_pixels if limits.min_pixels is None else limits.min_pixels,
-        default.max_pixels if limits.max_pixels is None else limits.max_pixels,
-    )
+    """``limits`` filled up from ``default``, which gives way where the two contradict each other."""
+    low, high = limits.min_pixels, limits.max_pixels
+    if low is None and default.min_pixels is not None:
+        low = default.min_pixels if high is None else min(default.min_pixels, high)
+    if high is None and default.max_pixels is not None:
+        high = default.max_pixels if limits.min_pixels is None else max(default.max_pixels, limits.min_pixels)
+    return PixelLimits(low, high)
