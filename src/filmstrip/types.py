@@ -134,6 +134,8 @@ class VideoMetadata:
     rotation_degrees: int = 0
     timing_assumed: bool = False
     has_audio: bool = False
+    is_mirrored: bool = False
+    """Left and right are exchanged before the picture is turned, as the file says; both are done where it is read."""
 
 
 @dataclass(frozen=True)

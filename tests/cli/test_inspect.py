@@ -76,6 +76,7 @@ def test_facts_of_a_clip(found, clip):
         "video_backend": "pyav",
         "codec": "h264",
         "rotation_degrees": 0,
+        "is_mirrored": False,
         "timing_assumed": False,
         "has_audio": False,
         "variable_frame_rate": False,

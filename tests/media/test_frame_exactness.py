@@ -4,6 +4,7 @@ Ordinary files first, then those whose times or key frames mislead, then damaged
 """
 
 import random
+import struct
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from filmstrip.media.source import BytesSource
 from filmstrip.media.video import open_video, read_frames
-from tests.media.clips import append, blank, drop_packets, h264, packets, remux
+from tests.media import field_pictures
+from tests.media.clips import append, blank, box, drop_packets, h264, packets, remux
 from tests.media.numbered import decode_sequentially, encode, ffmpeg, has_encoder, read_number
 
 NUM_FRAMES = 60
@@ -306,6 +308,57 @@ def make_ten_bit_422(folder):
     return encode(folder / "deep.mp4", "-c:v", "libx264", "-pix_fmt", "yuv422p10le", "-g", "10")
 
 
+def make_field_pictures_ts(folder):
+    return field_pictures.mux(folder / "fields.ts")
+
+
+def make_field_pictures_timed_each(folder):
+    return field_pictures.mux(folder / "fields.ts", times_of="fields")
+
+
+def make_field_pictures_without_times(folder):
+    return field_pictures.mux(folder / "fields.ts").with_suffix(".h264")
+
+
+def make_all_marked_as_keys(folder):
+    """What Matroska and AVI say of H.263, AVI of anything once its index is lost."""
+    return encode(folder / "clip.mkv", "-c:v", "h263", "-s", "176x144", "-g", "20")
+
+
+def make_avi_without_index(folder):
+    path = encode(folder / "clip.avi", "-c:v", "wmv2", "-g", "20")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"idx1")])
+    return path
+
+
+def make_packed_b_frames(folder):
+    return encode(folder / "clip.avi", "-c:v", "libxvid", "-g", "20", "-bf", "2")
+
+
+def make_bare_mpeg1(folder):
+    return encode(folder / "clip.m1v", "-c:v", "mpeg1video", "-g", "20", "-bf", "2")
+
+
+def make_mpeg1_in_asf(folder):
+    return encode(folder / "clip.asf", "-c:v", "mpeg1video", "-g", "20", "-bf", "2", "-q:v", "3")
+
+
+def make_late_matroska(folder):
+    """Sound for so long before the first picture that FFmpeg does not know of B-frames when it begins to tell times."""
+    sound = ("-f", "lavfi", "-i", "sine=d=20", "-itsoffset", "12")
+    path = folder / "late.mkv"
+    ffmpeg(*sound, "-i", h264(folder, "clip.mp4"), "-map", "0:a", "-map", "1:v", "-c:v", "copy", "-c:a", "aac", path)
+    return path
+
+
+def make_long_gop_cut(folder):
+    """The first key frame that is left stands 587 packets from the beginning."""
+    options = ("-keyint_min", "600", "-sc_threshold", "0")
+    clip = h264(folder, "clip.mkv", *options, gop=600, num_b_frames=0, num_frames=640)
+    return drop_packets(clip, folder / "cut.mkv", 13)
+
+
 def make_one_pixel_high(folder):
     return encode(folder / "line.mkv", "-c:v", "ffv1", width=10, height=1, num_frames=8)
 
@@ -396,6 +449,116 @@ def test_an_edit_list_hides_what_comes_before_it(tmp_path):
     first = read_frames(reader, [0], 1)[0][0]
     assert read_number(first) == 29  # the first at or after 1.13 s; decoding begins at the key frame 20
     assert reader.metadata.timestamps[0] == 0
+
+
+@pytest.mark.parametrize("name", ["g.avi", "slow.avi"])
+def test_a_frame_left_out_is_a_gap_in_the_times(tmp_path, name):
+    """However coarse the container's clock is: AVI's ticks are whole frames."""
+    rate = {"g.avi": 25, "slow.avi": 1}[name]
+    leave_out = ("-vf", "select=not(eq(n\\,20))", "-vsync", "vfr", "-r", str(rate))
+    path = encode(tmp_path / name, "-c:v", "mjpeg", *leave_out, num_frames=40, rate=str(rate))
+    reader = open_path(path)
+    numbers = [read_number(frame) for frame in read_frames(reader, range(39), 2)[0]]
+    assert numbers == [number for number in range(40) if number != 20]
+    np.testing.assert_allclose(reader.metadata.timestamps, np.array(numbers) / rate)
+    assert reader.metadata.duration == pytest.approx(40 / rate)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "numbers"),
+    [
+        ([(5, 10), (30, 20)], [*range(5, 15), *range(30, 50)]),
+        ([(0, 10), (10, 10), (27, 10)], [*range(20), *range(27, 37)]),
+        ([(0, 20), (0, 20)], [*range(20), *range(20)]),
+    ],
+)
+def test_pieces_of_an_edit_list_follow_one_another(tmp_path, pieces, numbers):
+    """As editors write them that cut without encoding anew; ``pieces`` are (first frame, number of frames)."""
+    path = h264(tmp_path, "clip.mp4", gop=12)
+    path.write_bytes(with_edit_list(path.read_bytes(), pieces))
+    reader = open_path(path)
+    assert reader.metadata.total_num_frames == len(numbers)
+    for indices in requests(len(numbers)):
+        got, delivered = read_frames(reader, indices, 2)
+        assert list(delivered) == indices
+        assert [read_number(frame) for frame in got] == [numbers[index] for index in indices]
+    assert reader.metadata.timestamps.tolist() == [index / 25 for index in range(len(numbers))]
+
+
+def with_edit_list(data, pieces):
+    """An MP4 whose tables stand behind its pictures, with these edits in place of its own."""
+    at = data.index(b"elst") - 4
+    size = int.from_bytes(data[at : at + 4], "big")
+    begin = struct.unpack(">i", data[at + 20 : at + 24])[0]
+    milliseconds, ticks = 40, 512  # of a frame, by the clocks of the movie and of its track as FFmpeg writes them
+    edits = [struct.pack(">IiHH", count * milliseconds, begin + first * ticks, 1, 0) for first, count in pieces]
+    edited = bytearray(data[:at] + box(b"elst", bytes(4), struct.pack(">I", len(pieces)), *edits) + data[at + size :])
+    for kind in (b"moov", b"trak", b"edts"):
+        place = data.rindex(kind, 0, at) - 4
+        edited[place : place + 4] = (
+            int.from_bytes(edited[place : place + 4], "big") + len(edited) - len(data)
+        ).to_bytes(4, "big")
+    return bytes(edited)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), lambda image: image[:, ::-1]),
+        ((1, 0, 0, -1), lambda image: image[::-1]),
+        ((0, 1, 1, 0), lambda image: image.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda image: image[::-1, ::-1].transpose(1, 0, 2)),
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
+        ((-1, 0, 0, -1), lambda image: image[::-1, ::-1]),
+    ],
+)
+def test_a_display_matrix_may_mirror(tmp_path, matrix, shown):
+    """As of a front camera. ``matrix`` is (a, b, c, d): right is (a, b) and down is (c, d), seen by the viewer."""
+    path = h264(tmp_path, "clip.mp4", num_frames=10)
+    plain = decode_sequentially(path)[0][3]
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    reader = open_path(path)
+    got = read_frames(reader, [3], 1)[0][0]
+    assert np.array_equal(got, shown(plain))
+    assert reader.metadata.is_mirrored == (matrix[0] * matrix[3] - matrix[1] * matrix[2] < 0)
+    assert (reader.metadata.height, reader.metadata.width) == got.shape[:2]
+
+
+def test_lost_pictures_between_recordings_move_no_other(tmp_path):
+    """Both begin between two key frames: what is lost at the joint keeps its place, what is lost before all is dropped."""
+    whole = h264(tmp_path, "clip.ts")
+    cut = tmp_path / "cut.ts"
+    cut.write_bytes(without_pictures(whole.read_bytes(), 13))
+    reader = open_path(append(tmp_path / "both.ts", cut, cut))
+    frames, _ = decode_sequentially(tmp_path / "both.ts")
+    total = reader.metadata.total_num_frames
+    assert total == 40 + 47
+    got, delivered = read_frames(reader, range(total), 2)
+    num_lost = total - len(frames)
+    assert num_lost > 0
+    assert [read_number(frame) for frame in got[:37]] == list(range(20, 57))
+    assert [read_number(frame) for frame in got[-40:]] == list(range(20, 60))
+    assert list(delivered[-40:]) == list(range(total - 40, total))
+    lost = [index for index in range(total) if delivered[index] != index]
+    assert len(lost) == num_lost
+    assert 37 <= min(lost) <= max(lost) < total - 40
+    assert reader.metadata.timestamps[-1] == pytest.approx((total - 1) / 25)
+
+
+def without_pictures(data, num_pictures):
+    """An MPEG transport stream without the first pictures of the stream that FFmpeg numbers first."""
+    packets, num_begun = [data[at : at + 188] for at in range(0, len(data), 188)], 0
+    kept = []
+    for packet in packets:
+        is_video = packet[1] & 0x1F == 1 and packet[2] == 0
+        num_begun += is_video and bool(packet[1] & 0x40)
+        if not is_video or num_begun > num_pictures:
+            kept.append(packet)
+    return b"".join(kept)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

@@ -79,6 +79,7 @@ def test_a_plan_says_what_the_file_is_and_which_frames_are_seen(server, clip):
         "fps": RATE,
         "total_num_frames": NUM_FRAMES,
         "rotation_degrees": 0,
+        "is_mirrored": False,
         "variable_frame_rate": False,
         "has_audio": False,
         "timing_assumed": False,

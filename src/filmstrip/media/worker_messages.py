@@ -97,6 +97,7 @@ class VideoOpened(msgspec.Struct, tag="video"):
     rotation_degrees: int
     timing_assumed: bool
     has_audio: bool
+    is_mirrored: bool
 
 
 class ImageOpened(msgspec.Struct, tag="image"):
@@ -205,6 +206,7 @@ def _video(message: VideoOpened, max_pixels: int) -> VideoMetadata:
         message.rotation_degrees,
         message.timing_assumed,
         message.has_audio,
+        message.is_mirrored,
     )
 
 

@@ -32,6 +32,7 @@ class MediaFacts(BaseModel):
     fps: float | None = None
     total_num_frames: int | None = None
     rotation_degrees: int | None = None
+    is_mirrored: bool | None = None
     variable_frame_rate: bool | None = None
     has_audio: bool | None = None
     timing_assumed: bool | None = None

@@ -2,7 +2,8 @@
 
 How it finds frames quickly and exactly:
 
-1. Packets are read once without decoding; their times and key flags give every frame's place in display order.
+1. Packets are read once without decoding; their times and key flags give every frame's place in display order
+   (:mod:`~filmstrip.media.decoders.packet_index`). Where they are known to mislead, a few frames are decoded to see.
 2. A wanted frame is decoded from the last key frame that is neither shown nor coded after it. Frames of one such group of
    pictures (GOP) are one job; jobs run in parallel, each in one thread with one codec thread; other GOPs are never read.
 3. Between wanted frames the decoder skips everything that nothing refers to, which changes no pixel of the others.
@@ -11,10 +12,12 @@ How it finds frames quickly and exactly:
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,6 +33,20 @@ from av.stream import Discard, Disposition
 
 from filmstrip.errors import MediaDecodeError, MediaTooLargeError
 from filmstrip.media.decoders.base import CONTAINER_FORMATS, Consume
+from filmstrip.media.decoders.packet_index import (
+    MAX_TIME,
+    Packets,
+    can_skim,
+    counted,
+    index_of,
+    keys_in_tables,
+    packets_of,
+    scan,
+    second_fields,
+    timing,
+    without_lead,
+    without_lost_packets,
+)
 from filmstrip.media.mp4 import media_data_ranges, refers_to_other_files
 from filmstrip.media.remote import RemoteSource
 from filmstrip.media.source import MediaSource
@@ -41,35 +58,20 @@ _SEEK_BACK_SECONDS = (0.0, 2.0, 10.0)
 _CODECS_THAT_SKIP = frozenset({"h264", "hevc", "vp9", "mpeg4", "mpeg2video", "mpeg1video"})
 _READ_AHEAD_BYTES = 96 << 10
 """FFmpeg reads a buffer beyond the last packet that it was asked for, and our file object another."""
-# Codecs whose packets MP4 stores whole, so that FFmpeg need not look into them to know their times.
-_CODECS_TO_SKIM = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "libvpx-vp9"})
 _MAX_FIRST_PACKETS = 400
 """Packets tried until the first frame decodes; a clip may begin in the middle of a GOP."""
 _MAX_ORDER_CHECK_FRAMES = 64
 """Frames decoded to see whether they come out in the order of their times, where that is in doubt."""
-_FALLBACK_FPS = 25.0
+_MAX_KEY_CHECK_FRAMES = 8
+"""Frames decoded to see whether the container is right to call all of them key frames."""
+_MAX_DELAY = 16
+"""Frames that H.264 and HEVC may hold back until they are shown, the most of all codecs."""
+_CONTAINERS_WITHOUT_TIMES = frozenset({"avi", "mpegvideo", "asf"})
+"""Where FFmpeg's demuxers work out when a frame is shown from the order and the kinds of frames."""
 _MAX_LEAD_GOPS = 1
 # From version 17 on, PyAV converts colours with as many threads as there are cores, started anew for each frame; the
 # workers here use the cores already.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-_MAX_TIME = 2**61
-"""Times beyond this, in ticks, are nonsense, and sums of two still fit 64 bits."""
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What the demuxer says of all packets, in coded order; ``display`` has the coded index of every frame shown, in
-    display order, and ``display_times`` its time; ``places`` has position (-1: not known) and size in bytes of every packet.
-    ``times_identify`` says whether a time names one frame, so that frames
-    can be found by seeking and known by their time; else they are counted from the file's start."""
-
-    times: np.ndarray
-    is_key: np.ndarray
-    display: np.ndarray
-    display_times: np.ndarray
-    last_duration: int
-    times_identify: bool
-    places: np.ndarray
 
 
 @dataclass
@@ -99,17 +101,21 @@ class PyAVReader:
         with self._open(skimming) as (container, stream):
             if skimming is not None:
                 # The tables of such a file say all there is to say about its packets: their contents need not be here.
-                skimming.is_skimming = _can_skim(stream)
-            self._index = _scan(container, stream)
+                skimming.is_skimming = can_skim(stream)
+            scanned = scan(container, stream)
+            completes = second_fields(scanned, stream)
+            if completes.any() and (skimming is not None or not self._come_as_pairs(completes)):
+                completes[:] = False
+            self._index = index_of(scanned, container, stream, completes)
             if skimming is not None and skimming.is_skimming:
-                self._index = dataclasses.replace(self._index, is_key=_keys_in_tables(stream, self._index))
+                self._index = dataclasses.replace(self._index, is_key=keys_in_tables(stream, self._index))
             if not len(self._index.display):
                 raise MediaDecodeError("the video has no frames")
             if skimming is None:
-                self._describe(container, stream)
+                self._describe(container, stream, scanned)
         if skimming is not None:
             with self._open() as (container, stream):
-                self._describe(container, stream)
+                self._describe(container, stream, scanned)
 
     def _look_at_boxes(self) -> list[tuple[int, int]] | None:
         """Where an MP4's media data stand apart from its tables; refuses a file that shows what stands in another."""
@@ -118,20 +124,28 @@ class PyAVReader:
                 raise MediaDecodeError("the video refers to another file, which is not opened")
             return media_data_ranges(file, self._source.num_bytes)
 
-    def _describe(self, container: Any, stream: Any) -> None:
+    def _describe(self, container: Any, stream: Any, scanned: Packets) -> None:
         """Fill in what the index alone does not say."""
-        if self._times_mislead(stream):
-            self._index = dataclasses.replace(self._index, times_identify=False)
+        if self._keys_mislead(stream):
+            only_first = np.arange(len(self._index.is_key)) == 0
+            self._index = dataclasses.replace(self._index, is_key=only_first)
+        if self._times_mislead(container, stream):
+            self._index = counted(self._index, scanned, stream)
         self._time_base = float(stream.time_base)
         first = self._first_frame(container, stream)
-        self._coded_size, rotation = (first.width, first.height), round(first.rotation / 90) * 90 % 360
+        self._coded_size = (first.width, first.height)
+        rotation, is_mirrored = _orientation(first)
         self.is_interlaced = bool(first.interlaced_frame)
-        self._index = _without_lead(self._index, first.pts)
-        self._first_decodable = self.frame_index(first.pts) or 0
+        if self._index.times_identify:
+            self._index = without_lead(self._index, first.pts)
+            self._first_decodable = self.frame_index(first.pts) or 0
+        else:
+            self._index = without_lost_packets(self._index, self._first_packets())
+            self._first_decodable = 0
         # GOPs that a job begins before its own: none, until a stream shows that its key frames do not stand alone.
         self._num_lead_gops = 0
         width, height = self._coded_size if rotation % 180 == 0 else self._coded_size[::-1]
-        times, fps, duration = _timing(self._index, stream)
+        times, fps, duration = timing(self._index, stream)
         self.metadata = VideoMetadata(
             total_num_frames=len(self._index.display),
             fps=fps,
@@ -142,6 +156,7 @@ class PyAVReader:
             video_backend="pyav",
             codec=stream.codec_context.name,
             rotation_degrees=rotation,
+            is_mirrored=is_mirrored,
             has_audio=bool(container.streams.audio),
         )
 
@@ -208,35 +223,70 @@ class PyAVReader:
                 "(max_image_pixels, --max-image-pixels)"
             )
 
-    def _times_mislead(self, stream: Any) -> bool:
-        """Whether packets are timed in coded order although their frames are shown in another.
+    def _come_as_pairs(self, completes: np.ndarray) -> bool:
+        """Whether frames come out of first fields only, where two packets are held for the fields of one."""
+        with self._decoding(numbered=True) as frames:
+            packets = [frame.pts for frame in itertools.islice(frames, _MAX_ORDER_CHECK_FRAMES)]
+        return bool(packets) and not any(packet is None or completes[packet] for packet in packets)
+
+    def _keys_mislead(self, stream: Any) -> bool:
+        """Whether the container calls every packet a key frame although the codec's frames refer to one another.
+
+        So does AVI whose index was lost, Matroska and AVI with H.263, MP4 without a table of key frames.
+        """
+        is_key = self._index.is_key
+        if len(is_key) < 2 or not is_key.all() or stream.codec_context.codec.intra_only:
+            return False
+        with self._decoding() as frames:
+            return not all(frame.key_frame for frame in itertools.islice(frames, _MAX_KEY_CHECK_FRAMES))
+
+    def _times_mislead(self, container: Any, stream: Any) -> bool:
+        """Whether packets are timed in another order than their frames are shown in.
 
         Copying H.264 or MPEG-4 from a file without times (AVI, a bare stream) into one that needs them makes such files:
-        each packet gets the next time, and frames leave the decoder with their times shuffled. They have to be counted.
+        each packet gets the next time, and frames leave the decoder with their times shuffled. In the containers that have
+        no times FFmpeg guesses them, not always right.
         """
         index = self._index
-        in_coded_order = bool((np.diff(index.times) > 0).all())
-        if not (index.times_identify and in_coded_order and stream.codec_context.has_b_frames):
+        guessed = not _CONTAINERS_WITHOUT_TIMES.isdisjoint(container.format.name.split(","))
+        in_coded_order = bool((np.diff(index.times[index.display]) > 0).all() and (np.diff(index.display) > 0).all())
+        if not (index.times_identify and (guessed or in_coded_order) and stream.codec_context.has_b_frames):
             return False
-        with self._open() as (container, first):
-            _use_threads(first, 1)
-            packets = itertools.chain(_packets(container, first), (None,))
-            frames = (frame for packet in packets for frame in _decode(first, packet))
+        with self._decoding() as frames:
             times = [frame.pts for frame in itertools.islice(frames, _MAX_ORDER_CHECK_FRAMES)]
         return any(earlier is None or later is None or later <= earlier for earlier, later in itertools.pairwise(times))
+
+    def _first_packets(self) -> list[int]:
+        """Coded indices of the packets that the first frames came from, in the order they come out."""
+        with self._decoding(numbered=True) as frames:
+            return [frame.pts for frame in itertools.islice(frames, _MAX_DELAY + 4)]
+
+    @contextlib.contextmanager
+    def _decoding(self, *, numbered: bool = False) -> Iterator[Iterator[Any]]:
+        """Frames from the file's start on, decoded in one thread.
+
+        With ``numbered``, a frame's time is the coded index of its packet.
+        """
+        with self._open() as (container, stream):
+            _use_threads(stream, 1)
+            packets = enumerate(packets_of(container, stream))
+            ended = itertools.chain(_numbered(packets) if numbered else (packet for _, packet in packets), (None,))
+            yield (frame for packet in ended for frame in _decode(stream, packet))
 
     def _first_frame(self, container: Any, stream: Any) -> Any:
         """The first frame that decodes, of a size that is allowed."""
         _use_threads(stream, 1)
-        packets = self._seek(container, stream, 0) if self._index.times_identify else None
+        packets = self._seek(container, stream, 0) if self._index.can_seek else None
         if packets is not None:
             return self._decode_first(stream, packets)
         with self._open() as (fresh, first):
             _use_threads(first, 1)
-            return self._decode_first(first, enumerate(_packets(fresh, first)))
+            return self._decode_first(first, enumerate(packets_of(fresh, first)))
 
     def _decode_first(self, stream: Any, packets: Iterator[tuple[int, Any]]) -> Any:
-        beginning = (packet for _, packet in itertools.islice(packets, _MAX_FIRST_PACKETS))
+        # A recording may begin anywhere in a GOP, and a GOP be long: what is before its first key frame does not count.
+        last = (self._keys[0] if self._index.is_key.any() else 0) + _MAX_FIRST_PACKETS
+        beginning = (packet for _, packet in itertools.takewhile(lambda numbered: numbered[0] < last, packets))
         for packet in itertools.chain(beginning, (None,)):
             for frame in _decode(stream, packet):
                 self._check_size(frame.width, frame.height)
@@ -246,7 +296,7 @@ class PyAVReader:
     def _jobs(self, positions: dict[int, list[int]]) -> list[_Job]:
         """One job for each GOP that is needed, the longest first."""
         index = self._index
-        if not index.times_identify:
+        if not index.can_seek:
             return [_Job(0, dict(positions))]
         keys = self._keys
         jobs: dict[int, _Job] = {}
@@ -350,13 +400,13 @@ class PyAVReader:
         Returns the frames that did not come out; with ``stands_in`` others may have been delivered in their place.
         """
         collector = _Collector(self, job, delivery, stands_in=stands_in)
-        packets = self._seek(container, stream, key) if self._index.times_identify and key > 0 else None
+        packets = self._seek(container, stream, key) if self._index.can_seek and key > 0 else None
         if packets is not None:
             self._decode_job(stream, packets, job, collector, delivery)
             return collector.missing
         with self._open() as (fresh, first):
             _use_threads(first, stream.codec_context.thread_count)
-            packets = itertools.islice(enumerate(_packets(fresh, first)), key, None)
+            packets = itertools.islice(enumerate(packets_of(fresh, first)), key, None)
             self._decode_job(first, packets, job, collector, delivery)
         return collector.missing
 
@@ -365,11 +415,14 @@ class PyAVReader:
     ) -> None:
         index = self._index
         wanted = {int(index.display[target]) for target in job.targets}
+        wanted |= {coded + 1 for coded in wanted if coded + 1 < len(index.completes) and index.completes[coded + 1]}
         last = max(wanted)
         counting = not index.times_identify
         skips = not counting and stream.codec_context.name in _CODECS_THAT_SKIP
         for coded, packet in packets:
             delivery.check()
+            if counting:
+                _number(packet, coded)
             stream.codec_context.skip_frame = "NONREF" if skips and coded not in wanted else "DEFAULT"
             for frame in _decode(stream, packet):
                 collector.add(frame)
@@ -388,11 +441,11 @@ class PyAVReader:
         time = int(self._index.times[key])
         for back in _SEEK_BACK_SECONDS:
             try:
-                time_before = max(time - round(back / self._time_base), -_MAX_TIME)
+                time_before = max(time - round(back / self._time_base), -MAX_TIME)
                 container.seek(time_before, stream=stream, backward=True, any_frame=False)
             except av.error.FFmpegError:
                 continue
-            packets = _packets(container, stream)
+            packets = packets_of(container, stream)
             for packet in packets:
                 if packet.pts == time and packet.is_keyframe:
                     return enumerate(itertools.chain([packet], packets), key)
@@ -427,8 +480,7 @@ class PyAVReader:
         """uint8 RGB (height, width, 3) as displayed, always of the size in ``metadata``."""
         width, height = self._coded_size
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **_ONE_THREAD)
-        turns = self.metadata.rotation_degrees // 90
-        return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+        return np.ascontiguousarray(as_displayed(pixels, self.metadata))
 
 
 class _Delivery:
@@ -474,7 +526,7 @@ class _Collector:
         self._wanted = sorted(job.targets.items())
         self._next = 0
         self._last: tuple[int, Any] | None = None
-        self._counter: Iterator[int] | None = None if reader._index.times_identify else iter(range(2**62))
+        self._counter = None if reader._index.times_identify else _Counter(reader._index.display)
         self.missing: dict[int, list[int]] = {}
 
     @property
@@ -484,7 +536,20 @@ class _Collector:
 
     def add(self, frame: Any) -> None:
         """Take the next frame in display order."""
-        index = next(self._counter) if self._counter is not None else self._reader.frame_index(frame.pts)
+        if self._counter is None:
+            self._take(self._reader.frame_index(frame.pts), frame)
+        else:
+            for index, counted in self._counter.add(frame):
+                self._take(index, counted)
+
+    def finish(self) -> None:
+        """The job's packets are used up: what is still wanted is missing."""
+        for index, frame in self._counter.finish() if self._counter is not None else ():
+            self._take(index, frame)
+        while not self.is_complete:
+            self._replace()
+
+    def _take(self, index: int | None, frame: Any) -> None:
         if index is None:
             return
         while not self.is_complete and self._wanted[self._next][0] < index:
@@ -494,11 +559,6 @@ class _Collector:
             self._next += 1
         self._last = (index, frame)
 
-    def finish(self) -> None:
-        """The job's packets are used up: what is still wanted is missing."""
-        while not self.is_complete:
-            self._replace()
-
     def _replace(self) -> None:
         index, positions = self._wanted[self._next]
         self._next += 1
@@ -507,121 +567,71 @@ class _Collector:
             self._delivery.give(positions, *self._last)
 
 
-def _scan(container: Any, stream: Any) -> _Index:
-    """Read all packets of the stream without decoding."""
-    pts: list[int | None] = []
-    dts: list[int | None] = []
-    durations: list[int] = []
-    is_key: list[bool] = []
-    shown: list[bool] = []
-    places: list[tuple[int, int]] = []
-    for packet in _packets(container, stream):
-        places.append((-1 if packet.pos is None else packet.pos, packet.size))
-        pts.append(packet.pts)
-        dts.append(packet.dts)
-        durations.append(packet.duration or 0)
-        is_key.append(packet.is_keyframe)
-        shown.append(not packet.is_discard)
-    coded = np.flatnonzero(np.asarray(shown, bool))
-    last_duration = next((duration for duration in reversed(durations) if duration), 0)
-    times_identify = _times_identify(container, stream, pts, dts)
-    if times_identify:
-        times = np.asarray(pts, np.int64)
-        display = coded[np.argsort(times[coded], kind="stable")]
-    else:
-        times = _running_times(pts, dts, durations)
-        display = coded
-    packet_places = np.asarray(places, np.int64).reshape(-1, 2)
-    return _Index(
-        times, np.asarray(is_key, bool), display, times[display], last_duration, times_identify, packet_places
-    )
+class _Counter:
+    """Display indices of frames that are known by their packets only, from the file's start on.
 
-
-def _can_skim(stream: Any) -> bool:
-    """Whether packets can be listed without their contents: PyAV from version 16 on tells the container's own tables."""
-    return stream.codec_context.name in _CODECS_TO_SKIM and len(getattr(stream, "index_entries", ())) > 0
-
-
-def _keys_in_tables(stream: Any, index: _Index) -> np.ndarray:
-    """Which packets the container calls key frames. FFmpeg's parsers overrule it, but cannot where contents are missing."""
-    keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
-    return np.asarray([position in keys for position in index.places[:, 0].tolist()], bool)
-
-
-def _times_identify(container: Any, stream: Any, pts: list[int | None], dts: list[int | None]) -> bool:
-    """Whether every packet has a time, and the times tell frames apart and put them in order.
-
-    They do not where a container has none (bare H.264, some Matroska copies), where its clock is coarser than the frame
-    rate, and where files were appended to one another so that the clock begins anew.
+    A frame's index is how many were shown before it, those included that did not come out. Which did not is known once
+    later ones did: a decoder may hold a frame back while it puts out others that were coded after it.
     """
-    if any(time is None or abs(time) > _MAX_TIME for time in pts) or len(set(pts)) < len(pts):
-        return False
-    clock = [time for time in dts if time is not None]
-    if any(later < earlier for earlier, later in itertools.pairwise(clock)):
-        return False
-    # AVI stores frames in coded order without a time. FFmpeg sees the order of display in MPEG-4's packets, but numbers
-    # those of H.264 and its like just as they come.
-    is_avi = "avi" in container.format.name.split(",")
-    in_coded_order = all(later > earlier for earlier, later in itertools.pairwise(pts))  # type: ignore[operator]
-    return not (is_avi and in_coded_order and stream.codec_context.has_b_frames)
+
+    def __init__(self, display: np.ndarray) -> None:
+        self._display = display
+        self._waiting: collections.deque[Any] = collections.deque()
+        self._num_before = 0
+        self._latest = -1
+        self._index = -1
+
+    def add(self, frame: Any) -> Iterator[tuple[int, Any]]:
+        """The frame, whose time is its packet's number, goes in; frames whose index is certain come out."""
+        self._waiting.append(frame)
+        if len(self._waiting) > _MAX_DELAY:
+            yield self._count()
+
+    def finish(self) -> Iterator[tuple[int, Any]]:
+        """All frames that are left: there will be no more."""
+        while self._waiting:
+            yield self._count()
+
+    def _count(self) -> tuple[int, Any]:
+        frame = self._waiting.popleft()
+        self._latest = max(self._latest, -1 if frame.pts is None else frame.pts)
+        num_coded = int(np.searchsorted(self._display, self._latest, side="right"))
+        num_waiting = sum(later.pts is not None and later.pts < self._latest for later in self._waiting)
+        # All that was coded up to here was shown before, but for this frame and those that still wait.
+        self._index = max(num_coded - 1 - num_waiting, self._index + 1)
+        return self._index, frame
 
 
-def _running_times(pts: list[int | None], dts: list[int | None], durations: list[int]) -> np.ndarray:
-    """Times for frames that are counted: the decoding clock, carried on by durations where it is silent or steps back."""
-    now = 0
-    times: list[int] = []
-    before: int | None = None
-    for shown, decoded, duration in zip(pts, dts, [0, *durations], strict=False):
-        clock = shown if decoded is None else decoded
-        if clock is not None and before is not None and 0 <= clock - before <= _MAX_TIME - now:
-            now += clock - before
-        elif times:
-            now += duration or 1
-        before = clock
-        times.append(now)
-    return np.asarray(times, np.int64)
+def _numbered(packets: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    for coded, packet in packets:
+        _number(packet, coded)
+        yield packet
 
 
-def _without_lead(index: _Index, first_pts: int | None) -> _Index:
-    """The index without what a cut left over before the first key frame's picture and no frame came out of.
+def _number(packet: Any, coded: int) -> None:
+    """Give a packet its number for a time: decoders hand it on to the frame they make of it."""
+    packet.pts = packet.dts = coded
 
-    These are packets coded before that key frame, and in HEVC also the pictures coded after it, shown before it, that refer
-    to what was cut off.
+
+def _orientation(frame: Any) -> tuple[int, bool]:
+    """By how many degrees counterclockwise, a multiple of 90, a picture is turned, and whether it is mirrored before that.
+
+    The display matrix maps a point (x, y), y downwards, to (a x + c y, b x + d y) [ISO 14496-12, 8.3.2]: its determinant
+    is negative where it mirrors.
     """
-    if not index.times_identify or first_pts is None or not index.is_key.any():
-        return index
-    stays = index.display_times >= min(first_pts, int(index.times[np.argmax(index.is_key)]))
-    return dataclasses.replace(index, display=index.display[stays], display_times=index.display_times[stays])
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).astype(np.float64).tolist()
+    is_mirrored = a * d - b * c < 0
+    if is_mirrored:
+        a, b = -a, -b
+    return round(math.degrees(math.atan2(c - b, a + d)) / 90) * 90 % 360, is_mirrored
 
 
-def _timing(index: _Index, stream: Any) -> tuple[np.ndarray, float, float]:
-    """Timestamps in seconds, frames per second, duration in seconds.
-
-    Where the times are those of a constant rate, up to the container's rounding, they are exactly ``index / fps``: what
-    processors compute that know nothing but the rate.
-    """
-    tick = float(stream.time_base)
-    times = index.display_times
-    seconds = (times - times[0]) * tick
-    numbers = np.arange(len(seconds))
-    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
-        if rate and np.abs(seconds - numbers / float(rate)).max() <= tick * 1.001:
-            return numbers / float(rate), float(rate), len(seconds) / float(rate)
-    typical = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
-    duration = float(seconds[-1]) + (index.last_duration * tick or typical or 1 / _FALLBACK_FPS)
-    return seconds, len(seconds) / duration, duration
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Packets of the stream, from where the container stands, until the file ends or breaks.
-
-    Where a stream appears midway, as in broadcasts, PyAV raises IndexError after the last packet: it ends every stream that
-    the file has by then, and knows those it had at the beginning.
-    """
-    with contextlib.suppress(av.error.FFmpegError, IndexError):
-        for packet in container.demux(stream):
-            if packet.size:
-                yield packet
+def as_displayed(pixels: np.ndarray, metadata: VideoMetadata) -> np.ndarray:
+    """A view of a decoded picture (height, width, 3), mirrored and turned as the file says."""
+    return np.rot90(pixels[:, ::-1] if metadata.is_mirrored else pixels, metadata.rotation_degrees // 90)
 
 
 def _decode(stream: Any, packet: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from torchvision.io import VideoReader  # type: ignore[import-not-found]
 
 from filmstrip.media.decoders.checked import Check, CheckedReader, DecodedFrame, References, as_array, sample
+from filmstrip.media.decoders.pyav import as_displayed
 
 
 class TorchVisionReader(CheckedReader):
@@ -47,4 +48,4 @@ class TorchVisionReader(CheckedReader):
 
     def _displayed(self, picture) -> np.ndarray:
         """(3, height, width) as stored to (height, width, 3) as shown."""
-        return as_array(np.rot90(picture.numpy().transpose(1, 2, 0), self.metadata.rotation_degrees // 90))
+        return as_array(as_displayed(picture.numpy().transpose(1, 2, 0), self.metadata))

@@ -176,6 +176,7 @@ function factsOf(facts) {
     parts.push(seconds(facts.duration), facts.variable_frame_rate ? `${rate} on average` : rate);
     parts.push(counted(facts.total_num_frames, "frame"));
     if (facts.rotation_degrees) parts.push(`turned by ${facts.rotation_degrees}°`);
+    if (facts.is_mirrored) parts.push("mirrored");
     if (facts.has_audio) parts.push("has sound, which is not used");
   }
   return [...parts.filter(Boolean), bytes(facts.num_bytes)].join(" · ");
