@@ -101,6 +101,20 @@ def test_frames_that_the_client_chose_are_shown_at_the_times_it_says(llm, photo)
     assert other_times.prompt_token_ids != out.prompt_token_ids
 
 
+def test_start_and_end_count_for_frames_that_the_client_chose(llm, photo):
+    """By the times that were said of them; said for all videos of a request, too."""
+    picture = "data:image/png;base64," + encode_image_base64(photo)
+    frames = [{"url": picture, "timestamp": time} for time in (0.5, 1.25, 7.0, 9.5)]
+    taken = {"type": "video_frames", "video_frames": {"frames": frames, "start": 1, "end": 7}}
+    assert llm.chat(ask(taken, "When?"), GREEDY).media[0].timestamps == [1.25, 7.0]
+    given = {"type": "video", "video": np.zeros((6, 64, 64, 3), np.uint8), "fps": 2.0}
+    between = {"video": {"start": 1, "end": 2}}
+    assert llm.chat(ask(given, "x"), GREEDY, media_io_kwargs=between).media[0].frame_indices == [2, 3, 4]
+    as_list = f"data:video/png;base64,{','.join([encode_image_base64(photo)] * 4)}"
+    with pytest.raises(InvalidRequestError, match=r"start 2 s .* last frame stands at 1\.500 s"):
+        llm.chat(ask(video(as_list, start=2), "x"), GREEDY)
+
+
 def test_a_request_chooses_among_the_decoders_that_are_allowed(qwen3_vl_dir, clip):
     with LLM(qwen3_vl_dir, **SMALL, allowed_video_decoders=("opencv",)) as llm:
         question = ask(video(clip, num_frames=4), "x")

@@ -18,7 +18,7 @@ from typing import cast
 from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
 from filmstrip.media.frames import is_presampled
 from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia
-from filmstrip.media.sampling import shown_seconds
+from filmstrip.media.sampling import candidate_range, shown_seconds
 from filmstrip.processing.base import PlannedMedia, Processor, TimeSeriesProcessor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
 from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, SeriesPlan, TimeSeriesMetadata, VideoMetadata
@@ -304,8 +304,11 @@ def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tupl
 
 def _seconds_per_frame(metadata: VideoMetadata, item: MediaItem, plan: FramePlan) -> float:
     """Frames picked by the client say when they were taken, not how long the clip was: their mean rate counts."""
-    presampled = is_presampled(item)
-    seconds = metadata.total_num_frames / metadata.fps if presampled else shown_seconds(metadata, item.sampling)
+    if is_presampled(item):
+        first, last = candidate_range(metadata, item.sampling)
+        seconds = (last - first + 1) / metadata.fps
+    else:
+        seconds = shown_seconds(metadata, item.sampling)
     return seconds / len(plan.frame_indices)
 
 
