@@ -110,8 +110,12 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
         if skip_special_tokens:
-            token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
+            token_ids = self.without_special(token_ids)
         return self._plain.decode(token_ids, skip_special_tokens=False)
+
+    def without_special(self, token_ids: Sequence[int]) -> list[int]:
+        """``token_ids`` but the special ones."""
+        return [token_id for token_id in token_ids if token_id not in self._special_ids]
 
 
 def _load(model: str, revision: str | None) -> Any:
@@ -174,12 +178,16 @@ class StreamingDecoder:
 
     def push(self, token_ids: list[int]) -> str:
         """Text that became certain by adding ``token_ids``."""
-        self._ids.extend(token_ids)
+        # A skipped token takes no place: what stands before it is the context of what stands behind it.
+        self._ids.extend(self._tokenizer.without_special(token_ids) if self._skip else token_ids)
         before, now = self._window()
         if now.endswith("�"):
             return ""
-        self._window_start, self._emitted = self._emitted, len(self._ids)
-        return now[len(before) :]
+        text = now[len(before) :]
+        if text:  # else the window would hold no text, and a tokenizer that drops a text's first space drops the next
+            self._window_start = self._emitted
+        self._emitted = len(self._ids)
+        return text
 
     def flush(self) -> str:
         """What is left at the end, with U+FFFD for an unfinished character."""
