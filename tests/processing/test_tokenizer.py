@@ -198,6 +198,27 @@ def test_streamed_text_is_the_whole_text_where_words_bring_their_spaces(sentence
         assert "".join(deltas) + decoder.flush() == sentencepiece.decode(chosen, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Hello", " world. the"),
+        ("Hello world", " the a"),
+        ("Hello", ", world"),
+        ("Hello ", "world"),
+        ("aaa", "bbb"),
+        ("🎬 a very long way to here, Hello", " world"),
+        ("猫" * 9, "猫🎬 world"),  # its last tokens begin inside a character
+        ("Hello �", " world"),
+    ],
+)
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_text_that_is_continued_keeps_its_spaces(sentencepiece, before, after, skip):
+    prompt = [sentencepiece.special_tokens["<s>"], *sentencepiece.encode_text(f"assistant:{before}")]
+    decoder = StreamingDecoder(sentencepiece, skip_special_tokens=skip, continued=prompt)
+    deltas = [decoder.push([token_id]) for token_id in sentencepiece.encode_text(after)]
+    assert "".join(deltas) + decoder.flush() == after
+
+
 def in_pieces(ids, rng):
     """A step of the engine brings a token, or several."""
     while ids:

@@ -21,6 +21,8 @@ from filmstrip.formats.source import Source
 
 _SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space."""
+_MAX_CONTEXT_TOKENS = 8
+"""Of a text that is continued: more than a character's bytes."""
 
 
 class Tokenizer:
@@ -168,13 +170,23 @@ class StreamingDecoder:
 
     A token may hold part of a character, and its text may depend on the token before it, so each step decodes a short
     window twice (with and without the new tokens) and emits the difference once it ends in a whole character.
+
+    Of ``continued``, ids whose text the tokens go on from, nothing is emitted; without them the tokens begin a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continued: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
+        context = list(continued[-_MAX_CONTEXT_TOKENS:])
+        if self._skip:
+            context = tokenizer.without_special(context)
+        # A beginning that was cut inside a character would take the bytes of whole ones behind it for broken, too.
+        while tokenizer.decode(context, skip_special_tokens=self._skip).startswith("�"):
+            del context[0]
+        self._ids = context
         self._window_start = 0
-        self._emitted = 0
+        self._emitted = len(context)
 
     def push(self, token_ids: list[int]) -> str:
         """Text that became certain by adding ``token_ids``."""
