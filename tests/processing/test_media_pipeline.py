@@ -184,3 +184,21 @@ async def test_parts_longer_than_allowed_are_refused_or_cut(fit):
     part = await pipeline.plan(item(start_seconds=0.4, end_seconds=0.7))
     assert part.notes == ()
     part.close()
+
+
+async def test_a_part_that_was_cut_is_found_in_the_cache():
+    loader = FakeLoader()
+    loader.go.set()
+    pipeline = MediaPipeline(loader, FakeProcessor(), 1 << 20, 0.5)  # pyright: ignore[reportArgumentType]
+    first = await pipeline.plan(item(), fit=True)
+    ready = await pipeline.read(first)
+    second = await pipeline.plan(item(), fit=True)
+    assert (first.processed, second.processed) == (None, ready)
+    assert second.item.sampling.end_seconds == 0.5
+    assert second.notes == first.notes != ()
+    assert await pipeline.read(second) is ready
+    assert loader.num_reads == 1
+    assert [opened.closed for opened in loader.opened] == [1, 1]
+    assert (pipeline.stats.hits, pipeline.stats.misses) == (1, 1)
+    with pytest.raises(MediaTooLargeError):  # to be cut was a wish of those who asked
+        await pipeline.plan(item())

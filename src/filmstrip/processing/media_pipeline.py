@@ -76,7 +76,7 @@ class _Decode:
 
 @dataclass
 class MediaCacheStats:
-    """Counters of the processed-media cache."""
+    """Counters of the processed-media cache; items that are refused count as neither hit nor miss."""
 
     hits: int = 0
     misses: int = 0
@@ -125,15 +125,21 @@ class MediaPipeline:
         if processed is not None:
             self.stats.hits += 1
             return _planned(fetched, processed.media, processed.metadata, processed=processed)
-        self.stats.misses += 1
         opened = await self.loader.open(fetched)
         try:
             item, notes = self._within_duration(item, opened.metadata, fit=fit)
-            media = self.plan_media(item, opened.metadata)
+            fetched = dataclasses.replace(fetched, item=item)
+            # Of a video that is cut it is known only now what is asked for.
+            processed = self._cached(_cache_key(fetched)) if notes else None
+            media = self.plan_media(item, opened.metadata) if processed is None else processed.media
         except BaseException:
             opened.close()
             raise
-        fetched = dataclasses.replace(fetched, item=item)
+        if processed is not None:
+            opened.close()
+            self.stats.hits += 1
+            return _planned(fetched, media, processed.metadata, processed=processed, notes=notes)
+        self.stats.misses += 1
         return _planned(fetched, media, opened.metadata, opened=opened, notes=notes)
 
     def replan(self, planned: PlannedItem, item: MediaItem, note: str) -> PlannedItem:
