@@ -115,8 +115,9 @@ def test_start_and_end_count_for_frames_that_the_client_chose(llm, photo):
     between = {"video": {"start": 1, "end": 2}}
     assert llm.chat(ask(given, "x"), GREEDY, media_io_kwargs=between).media[0].frame_indices == [2, 3, 4]
     as_list = f"data:video/png;base64,{','.join([encode_image_base64(photo)] * 4)}"
-    with pytest.raises(InvalidRequestError, match=r"start 2 s .* last frame stands at 1\.500 s"):
-        llm.chat(ask(video(as_list, start=2), "x"), GREEDY)
+    with pytest.raises(InvalidRequestError, match=r"start 2 s .* last frame stands at 1\.500 s") as caught:
+        llm.chat(ask(video(as_list, start=1), video(as_list, start=2), "x"), GREEDY)
+    assert caught.value.param == "messages[0].content[1].video_url.url"
 
 
 def test_a_request_chooses_among_the_decoders_that_are_allowed(qwen3_vl_dir, clip):

@@ -9,13 +9,15 @@ the same pixels at the same time wait for one decode.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
+from filmstrip.errors import InvalidRequestError, MediaTooLargeError
 from filmstrip.media.frames import is_presampled
 from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia
 from filmstrip.media.sampling import candidate_range, shown_seconds
@@ -161,7 +163,8 @@ class MediaPipeline:
         limit = self._max_video_duration_seconds
         if limit is None or not isinstance(metadata, VideoMetadata) or is_presampled(item):
             return item, ()
-        seconds = shown_seconds(metadata, item.sampling)
+        with _about(item):
+            seconds = shown_seconds(metadata, item.sampling)
         if seconds <= limit:
             return item, ()
         if not fit:
@@ -177,16 +180,13 @@ class MediaPipeline:
 
     def plan_media(self, item: MediaItem, metadata: Metadata) -> PlannedMedia:
         """The model's choice of frames and size, or of samples, for ``item``, from what its header says."""
-        try:
+        with _about(item):
             if isinstance(metadata, TimeSeriesMetadata):
                 return PlannedMedia(Modality.TIME_SERIES, self._time_series.plan_time_series(metadata))
             if isinstance(metadata, ImageMetadata):
                 plan = self._processor.plan_image(metadata, item.pixels)
                 return PlannedMedia(Modality.IMAGE, plan, ())
             plan = self._processor.plan_video(metadata, item.sampling, item.pixels, presampled=is_presampled(item))
-        except MediaError as error:
-            error.param = error.param or item.param
-            raise
         times = _timestamps(metadata, plan.frame_indices)
         sampling = None if is_presampled(item) else item.sampling
         return PlannedMedia(Modality.VIDEO, plan, times, _seconds_per_frame(metadata, item, plan), sampling)
@@ -302,6 +302,16 @@ def _planned(
     media_hash = processed.media_hash if processed is not None else _media_hash(fetched, media.shown)
     key = _cache_key(fetched)
     return PlannedItem(fetched.item, media, metadata, fetched, key, media_hash, opened, processed, notes)
+
+
+@contextlib.contextmanager
+def _about(item: MediaItem) -> Iterator[None]:
+    """Errors raised inside are about the request field of ``item``; only where it has none do they name what they would."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.param = item.param or error.param
+        raise
 
 
 def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tuple[float, ...]:
