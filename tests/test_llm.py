@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from itertools import takewhile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from filmstrip import LLM, AsyncLLM, SamplingParams, encode_image_base64, encode_video_base64, load_video
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig
+from filmstrip.engine.messages import TokenOutput
 from filmstrip.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -21,6 +23,8 @@ from filmstrip.errors import (
     MediaFetchError,
     ModelLoadError,
 )
+from filmstrip.processing.prompt_builder import PromptBuilder
+from tests.models.sentencepiece import sentencepiece_tokenizer
 from tests.parity.clips import make_clip, make_picture
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -99,6 +103,21 @@ def test_frames_that_the_client_chose_are_shown_at_the_times_it_says(llm, photo)
     other_times = llm.chat(ask(video(as_list, fps=1), "When?"), GREEDY)
     assert other_times.media[0].timestamps == [0.0, 1.0, 2.0, 3.0]
     assert other_times.prompt_token_ids != out.prompt_token_ids
+
+
+def test_start_and_end_count_for_frames_that_the_client_chose(llm, photo):
+    """By the times that were said of them; said for all videos of a request, too."""
+    picture = "data:image/png;base64," + encode_image_base64(photo)
+    frames = [{"url": picture, "timestamp": time} for time in (0.5, 1.25, 7.0, 9.5)]
+    taken = {"type": "video_frames", "video_frames": {"frames": frames, "start": 1, "end": 7}}
+    assert llm.chat(ask(taken, "When?"), GREEDY).media[0].timestamps == [1.25, 7.0]
+    given = {"type": "video", "video": np.zeros((6, 64, 64, 3), np.uint8), "fps": 2.0}
+    between = {"video": {"start": 1, "end": 2}}
+    assert llm.chat(ask(given, "x"), GREEDY, media_io_kwargs=between).media[0].frame_indices == [2, 3, 4]
+    as_list = f"data:video/png;base64,{','.join([encode_image_base64(photo)] * 4)}"
+    with pytest.raises(InvalidRequestError, match=r"start 2 s .* last frame stands at 1\.500 s") as caught:
+        llm.chat(ask(video(as_list, start=1), video(as_list, start=2), "x"), GREEDY)
+    assert caught.value.param == "messages[0].content[1].video_url.url"
 
 
 def test_a_request_chooses_among_the_decoders_that_are_allowed(qwen3_vl_dir, clip):
@@ -334,6 +353,51 @@ async def test_an_abandoned_answer_leaves_no_block(qwen3_vl_dir, clip):
         assert stats["num_allocated_blocks"] == 0
     finally:
         await llm.close()
+
+
+class SayingEngine:
+    """Stands for the engine process: its answer is known."""
+
+    info = SimpleNamespace(max_model_len=512, vocab_size=512)
+
+    def __init__(self, token_ids):
+        self.token_ids = token_ids
+
+    async def generate(self, request_id, prompt, params, stop_token_ids):
+        for place, token_id in enumerate(self.token_ids, 1):
+            finish_reason = "length" if place == len(self.token_ids) else None
+            yield TokenOutput(request_id, [token_id], finish_reason, None, 0)
+
+    async def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        ("Hello", " world. the"),
+        ([{"type": "text", "text": "Hello"}], " world. the"),
+        ([" ", "Hello"], " world. the"),
+        ("", "world. the"),
+        (None, "world. the"),
+        ([{"type": "text", "text": "Hello"}, {"type": "text", "text": ""}], " world. the"),
+        ([{"type": "text", "text": " "}], "world. the"),
+    ],
+)
+async def test_an_answer_that_continues_a_message_keeps_the_space_between_them(tmp_path, last, text):
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    config = LLMConfig(EngineConfig(str(tmp_path)))
+    engine = SayingEngine(tokenizer.convert_tokens_to_ids(["\u2581world", ".", "\u2581the"]))
+    llm = AsyncLLM(config, PromptBuilder(config), engine)  # pyright: ignore[reportArgumentType]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": last}]
+    ending = {"add_generation_prompt": False, "continue_final_message": True}
+    outputs = [output async for output in llm.generate(messages, GREEDY, **ending)]
+    assert outputs[-1].text == "".join(output.delta for output in outputs) == text
+    outputs = [output async for output in llm.generate(messages[:1], GREEDY)]
+    assert outputs[-1].text == "world. the"
+    await llm.close()
 
 
 async def _drain(outputs):

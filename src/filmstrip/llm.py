@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from filmstrip.config import EngineConfig, LLMConfig, MediaConfig, ProcessorConfig
 from filmstrip.engine.client import EngineClient
 from filmstrip.errors import InvalidRequestError
-from filmstrip.processing.messages import MediaOptions, parse_media_options
+from filmstrip.processing.messages import MediaOptions, has_text, parse_media_options
 from filmstrip.processing.preview import Previewer, PromptPreview, Thumbnails
 from filmstrip.processing.prompt_builder import PromptBuilder
 from filmstrip.processing.tasks import gather_or_cancel
@@ -128,7 +128,8 @@ class AsyncLLM:
         room = self.max_model_len - len(prompt.token_ids)
         params = dataclasses.replace(params, max_tokens=min(params.max_tokens or room, room))
         report(Progress("prefill", 0, len(prompt.token_ids)))
-        answer = _Answer(request_id, prompt, params, self._prompts.tokenizer)
+        continued = prompt.token_ids if continue_final_message and has_text(messages[-1]) else ()
+        answer = _Answer(request_id, prompt, params, self._prompts.tokenizer, continued)
         yield answer.output("")
         stop_token_ids = () if params.ignore_eos else self._eos_token_ids
         async with contextlib.aclosing(self._engine.generate(request_id, prompt, params, stop_token_ids)) as steps:
@@ -179,11 +180,21 @@ class AsyncLLM:
 
 
 class _Answer:
-    """The growing answer to one request: tokens in, text out, stop strings applied."""
+    """The growing answer to one request: tokens in, text out, stop strings applied.
 
-    def __init__(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    ``continued`` are the tokens that it goes on from, if it begins no text of its own.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: ProcessedPrompt,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        continued: Sequence[int],
+    ) -> None:
         self._request_id, self._prompt, self._params = request_id, prompt, params
-        self._decoder = StreamingDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._decoder = StreamingDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens, continued=continued)
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._media_tokens = {
             modality: sum(r.length for f in prompt.features if f.modality is modality for r in f.segments)

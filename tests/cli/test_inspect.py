@@ -331,8 +331,11 @@ def test_frames_sampled_by_the_client(found):
         buffer = io.BytesIO()
         Image.fromarray(numbered_frame(number, 160, 96)).save(buffer, "JPEG")
         pictures.append(base64.b64encode(buffer.getvalue()).decode())
-    said = found("data:video/jpeg;base64," + ",".join(pictures))
+    url = "data:video/jpeg;base64," + ",".join(pictures)
+    said = found(url)
     assert (said["num_frames"], said["facts"]["timing_assumed"], said["container"]) == (3, True, None)
+    said = found(url, "--start", "0.5", "--end", "0.9")
+    assert (said["frame_indices"], said["timestamps"]) == ([1], [0.5])
 
 
 @pytest.mark.parametrize(

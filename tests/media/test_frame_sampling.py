@@ -9,7 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from filmstrip.errors import InvalidRequestError
-from filmstrip.media.sampling import candidate_range, is_explicit, parse_frame_sampling, sample_frame_indices
+from filmstrip.media.sampling import (
+    candidate_range,
+    given_frame_indices,
+    is_explicit,
+    parse_frame_sampling,
+    sample_frame_indices,
+)
 from filmstrip.types import FrameSampling, VideoMetadata
 
 
@@ -160,6 +166,25 @@ def test_any_value_is_taken_or_refused_by_name(key, value):
         return
     assert indices is not None
     assert set(indices) <= set(range(100))
+
+
+def given_frames(times, server=100, **settings):
+    """Of frames that a client took at ``times``."""
+    return given_frame_indices(clip_at(times), parse_frame_sampling(settings, "p"), max_frames=server)
+
+
+def test_of_frames_that_a_client_chose_those_between_start_and_end():
+    times = [100.0, 100.5, 103.0, 104.0, 110.0, 111.0]
+    assert given_frames(times) == (0, 1, 2, 3, 4, 5)
+    assert given_frames(times, start=100.5) == (1, 2, 3, 4, 5)
+    assert given_frames(times, start=101, end=110) == (2, 3, 4)
+    assert given_frames(times, end=104, num_frames=2) == (0, 3)
+    assert given_frames(times, start=100.5, max_frames=3, num_frames=-1) == (1, 3, 5)
+    assert given_frames(times, end=104, server=3) == (0, 2, 3)
+    assert given_frames(times, start=111, fps=0.001) == (5,)
+    for empty in ({"start": 112}, {"end": 99}, {"start": 105, "end": 106}):
+        with pytest.raises(InvalidRequestError, match=r"last frame stands at 111\.000 s"):
+            given_frames(times, **empty)
 
 
 def attempt(call):

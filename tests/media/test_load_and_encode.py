@@ -70,6 +70,12 @@ def test_wrong_settings_name_their_key(clip, key, value):
     assert caught.value.param == f"load_video.{key}"
 
 
+def test_a_start_beyond_the_end_names_its_key(clip):
+    with pytest.raises(InvalidRequestError, match=r"3\.000 s long") as caught:
+        load_video(clip, start=9)
+    assert caught.value.param == "start"
+
+
 def test_every_kind_of_address_gives_the_same_frames(clip):
     expected = load_video(clip, num_frames=3)[0]
     url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()

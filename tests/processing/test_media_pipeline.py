@@ -1,13 +1,15 @@
 """Shared media work: one decode for all who want the same pixels, whoever leaves; a bounded cache."""
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
-from filmstrip.errors import MediaDecodeError, MediaTooLargeError
+from filmstrip.errors import InvalidRequestError, MediaDecodeError, MediaTooLargeError
 from filmstrip.media.loader import FetchedMedia
+from filmstrip.media.sampling import candidate_range
 from filmstrip.processing.media_pipeline import MediaPipeline
 from filmstrip.shared_tensor import SharedTensor
 from filmstrip.types import FramePlan, FrameSampling, MediaItem, Modality, PatchLayout, VideoMetadata
@@ -58,6 +60,7 @@ class FakeProcessor:
     modalities = frozenset({Modality.IMAGE, Modality.VIDEO})
 
     def plan_video(self, metadata, sampling, pixels, *, presampled):
+        candidate_range(metadata, sampling)
         return FramePlan(tuple(range(sampling.num_frames or 2)), 32, 32, LAYOUT)
 
 
@@ -184,3 +187,36 @@ async def test_parts_longer_than_allowed_are_refused_or_cut(fit):
     part = await pipeline.plan(item(start_seconds=0.4, end_seconds=0.7))
     assert part.notes == ()
     part.close()
+
+
+async def test_a_part_that_was_cut_is_found_in_the_cache():
+    loader = FakeLoader()
+    loader.go.set()
+    pipeline = MediaPipeline(loader, FakeProcessor(), 1 << 20, 0.5)  # pyright: ignore[reportArgumentType]
+    first = await pipeline.plan(item(), fit=True)
+    ready = await pipeline.read(first)
+    second = await pipeline.plan(item(), fit=True)
+    assert (first.processed, second.processed) == (None, ready)
+    assert second.item.sampling.end_seconds == 0.5
+    assert second.notes == first.notes != ()
+    assert await pipeline.read(second) is ready
+    assert loader.num_reads == 1
+    assert [opened.closed for opened in loader.opened] == [1, 1]
+    assert (pipeline.stats.hits, pipeline.stats.misses) == (1, 1)
+    with pytest.raises(MediaTooLargeError):  # to be cut was a wish of those who asked
+        await pipeline.plan(item())
+
+
+@pytest.mark.parametrize("longest", [None, 0.5])
+@pytest.mark.parametrize("wish", [{"start_seconds": 9.0}, {"start_seconds": 0.11, "end_seconds": 0.12}])
+async def test_a_part_without_frames_is_the_fault_of_its_item(longest, wish):
+    """Of several videos it can be told which; what the field is called stands in the message."""
+    pipeline = MediaPipeline(FakeLoader(), FakeProcessor(), 0, longest)  # pyright: ignore[reportArgumentType]
+    asked = dataclasses.replace(item(**wish), param="messages[0].content[1].video_url.url")
+    with pytest.raises(InvalidRequestError, match="no frame lies between start") as caught:
+        await pipeline.plan(asked)
+    assert caught.value.param == asked.param
+    assert pipeline.loader.opened[0].closed
+    with pytest.raises(InvalidRequestError) as caught:
+        await pipeline.plan(item(**wish))
+    assert caught.value.param in ("start", "end")

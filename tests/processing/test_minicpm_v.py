@@ -71,6 +71,7 @@ def test_frames_as_asked(path):
     assert frames(processor, 100, fps=0.5) == [0, 24, 49, 74, 99]
     assert frames(processor, 35, max_frames=2) == [0, 34]
     assert frames(processor, 7, presampled=True) == list(range(7))
+    assert frames(processor, 7, presampled=True, start_seconds=0.2, num_frames=2) == [2, 6]
     assert frames(make_processor(path, max_video_frames=2), 35) == [0, 34]
 
 

@@ -118,6 +118,10 @@ def test_frames_of_a_client_stand_apart_by_their_own_times(path, timing, seconds
     assert times_of(processor, media) == [0, int(2 * seconds * TOKENS_PER_SECOND)]
     fewer = planned(processor, metadata, frame_urls=("a", "b", "c", "d"), max_frames=2)
     assert fewer.seconds_per_frame == pytest.approx(2 * seconds)
+    start, end = times.timestamps[1:3]
+    part = planned(processor, metadata, frame_urls=("a", "b", "c", "d"), start_seconds=start, end_seconds=end)
+    assert part.plan.frame_indices == (1, 2)
+    assert part.seconds_per_frame == pytest.approx(seconds)
 
 
 def test_times_beyond_counting_are_refused(path, other_path):

@@ -61,6 +61,7 @@ def test_frames_by_the_checkpoint_or_as_asked(internvl):
     assert frames(processor, 100, min_frames=6) == [0, 19, 39, 59, 79, 99]
     assert frames(processor, 7, presampled=True) == list(range(7))
     assert frames(processor, 7, presampled=True, num_frames=3) == [0, 3, 6]
+    assert frames(processor, 7, presampled=True, start_seconds=0.2, end_seconds=0.5) == [2, 3, 4, 5]
     assert frames(make_processor(internvl, max_video_frames=2), 100) == [0, 99]
 
 

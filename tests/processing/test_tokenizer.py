@@ -10,12 +10,20 @@ from filmstrip.processing.chat_template import ChatTemplate
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import assemble
 from filmstrip.processing.tokenizer import StopStrings, StreamingDecoder, Tokenizer
+from tests.models.sentencepiece import sentencepiece_tokenizer
 from tests.models.tiles import llama_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(qwen3_vl_dir):
     return Tokenizer(qwen3_vl_dir)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece_tokenizer().save_pretrained(path)
+    return Tokenizer(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +182,49 @@ def test_streamed_text_is_the_whole_text(tokenizer):
         decoder = StreamingDecoder(tokenizer)
         deltas = [decoder.push([token_id]) for token_id in ids]
         assert "".join(deltas) + decoder.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_streamed_text_is_the_whole_text_where_words_bring_their_spaces(sentencepiece, skip):
+    """Special tokens, and ids that the tokenizer does not know, stand between words and take no space with them."""
+    rng = random.Random(0)
+    ids = sentencepiece.hf.get_vocab()
+    nothing = [ids["<|call|>"], ids["</s>"], len(ids) + 3]
+    texts = [token_id for token, token_id in ids.items() if not token.startswith("<")]
+    for _ in range(300):
+        chosen = [rng.choice(nothing if rng.random() < 0.4 else texts) for _ in range(rng.randint(1, 12))]
+        decoder = StreamingDecoder(sentencepiece, skip_special_tokens=skip)
+        deltas = [decoder.push(some) for some in in_pieces(chosen, rng)]
+        assert "".join(deltas) + decoder.flush() == sentencepiece.decode(chosen, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Hello", " world. the"),
+        ("Hello world", " the a"),
+        ("Hello", ", world"),
+        ("Hello ", "world"),
+        ("aaa", "bbb"),
+        ("🎬 a very long way to here, Hello", " world"),
+        ("猫" * 9, "猫🎬 world"),  # its last tokens begin inside a character
+        ("Hello �", " world"),
+    ],
+)
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_text_that_is_continued_keeps_its_spaces(sentencepiece, before, after, skip):
+    prompt = [sentencepiece.special_tokens["<s>"], *sentencepiece.encode_text(f"assistant:{before}")]
+    decoder = StreamingDecoder(sentencepiece, skip_special_tokens=skip, continued=prompt)
+    deltas = [decoder.push([token_id]) for token_id in sentencepiece.encode_text(after)]
+    assert "".join(deltas) + decoder.flush() == after
+
+
+def in_pieces(ids, rng):
+    """A step of the engine brings a token, or several."""
+    while ids:
+        num_tokens = rng.choice([1, 1, 1, 2, 3])
+        yield ids[:num_tokens]
+        ids = ids[num_tokens:]
 
 
 def test_a_character_in_several_tokens_is_never_cut(tokenizer):

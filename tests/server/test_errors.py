@@ -91,6 +91,26 @@ WRONG_FIELDS = [
     ({"temprature": 0}, "temprature"),
     ({"max_new_tokens": 5}, "max_new_tokens"),
     ({"medio_io_kwargs": {}}, "medio_io_kwargs"),
+    ({"fps": 1}, "fps"),
+    ({"start": 0}, "start"),
+    ({"video": {"fps": 1}}, "video"),
+    ({"enable_thinking": False}, "enable_thinking"),
+    ({"thinking": {"type": "enabled"}}, "thinking"),
+    ({"n_predict": 5}, "n_predict"),
+    ({"num_return_sequences": 2}, "num_return_sequences"),
+    ({"suppress_tokens": [1]}, "suppress_tokens"),
+    ({"bad_words_ids": [[1]]}, "bad_words_ids"),
+    ({"min_length": 5}, "min_length"),
+    ({"typical_p": 0.9}, "typical_p"),
+    ({"guidance_scale": 1.5}, "guidance_scale"),
+    ({"mirostat": 2}, "mirostat"),
+    ({"dry_multiplier": 0.8}, "dry_multiplier"),
+    ({"xtc_probability": 0.5}, "xtc_probability"),
+    ({"return_logprob": True}, "return_logprob"),
+    ({"logprob": True}, "logprob"),
+    ({"format": "json"}, "format"),
+    ({"think": True}, "think"),
+    ({"response_formats": {}}, "response_formats"),
     ({"stream": "yes"}, "stream"),
     ({"stream": None, "stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": False, "stream_options": {}}, "stream_options"),
@@ -142,9 +162,33 @@ async def test_what_messages_say():
     assert await message({"messages": MESSAGES, "temprature": 0}) == (
         "there is no field temprature; did you mean temperature?"
     )
+    assert await message({"messages": MESSAGES, "response_formats": {"type": "json_object"}}) == (
+        "there is no field response_formats; response_format, which it looks like, is not supported"
+    )
     assert await message({"messages": MANY_PARTS}) == (
         "the request has 5000 messages and content parts; at most 4096 are allowed (--max-content-parts)"
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("media_io_kwargs.video", ["fps", "num_frames", "min_frames", "max_frames", "start", "end"]),
+        ("media_io_kwargs.video", ["nframes", "video", "video_kwargs"]),
+        ("mm_processor_kwargs", ["min_pixels", "max_pixels", "mm_kwargs"]),
+        ("chat_template_kwargs", ["enable_thinking", "thinking"]),
+        ("stop", ["stop_sequences"]),
+        ("max_tokens", ["max_new_tokens", "n_predict", "num_predict", "max_length"]),
+        ("seed", ["sampling_seed", "random_seed"]),
+    ],
+)
+async def test_fields_of_other_apis_that_have_another_place_here(place, names):
+    async with asgi_client(FakeLLM()) as client:
+        for name in names:
+            error = error_of(await client.post(URL, json={"messages": MESSAGES, name: 1}))
+            assert error["message"] == f"there is no field {name}; say it in {place}"
+            assert (error["param"], error["code"]) == (name, "unknown_parameter")
+            assert (await client.post(URL, json={"messages": MESSAGES, name: None})).status_code == 200
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

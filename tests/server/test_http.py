@@ -7,6 +7,7 @@ import re
 import httpx2
 import pytest
 
+from filmstrip.errors import EngineOverloadedError
 from filmstrip.server.app import create_app
 from tests.server.fakes import FakeLLM, asgi_client, server_config
 from tests.server.test_chat import MESSAGES, URL
@@ -236,6 +237,24 @@ async def test_browsers_pages_of_an_allowed_origin():
     assert response.headers["access-control-allow-origin"] == "https://good.test"
     response = await request("OPTIONS", URL, headers={"origin": "https://evil.test", **ask}, **settings)
     assert "access-control-allow-origin" not in response.headers
+
+
+async def test_browsers_pages_may_use_openais_client():
+    settings = {"allowed_origins": ("https://good.test",)}
+    sent = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
+    ask = {"access-control-request-method": "POST", "access-control-request-headers": sent}
+    response = await request("OPTIONS", URL, headers={"origin": "https://good.test", **ask}, **settings)
+    assert response.status_code == 200
+    allowed = {name.strip().lower() for name in response.headers["access-control-allow-headers"].split(",")}
+    assert allowed >= set(sent.split(","))
+    response = await request("OPTIONS", URL, headers={"origin": "https://evil.test", **ask}, **settings)
+    assert response.status_code == 400
+    assert "access-control-allow-origin" not in response.headers
+    busy = FakeLLM(error=EngineOverloadedError("too busy"))
+    response = await request(content=BODY, headers={"origin": "https://good.test"}, llm=busy, **settings)
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (503, "https://good.test")
+    shown = {name.strip().lower() for name in response.headers["access-control-expose-headers"].split(",")}
+    assert shown >= {"retry-after", "retry-after-ms", "x-request-id"}
 
 
 @pytest.mark.parametrize("value", [None, "", "key", "Bearer", "Bearer ke", "Bearer keyy", "Basic key", "Bearer k\xe9y"])

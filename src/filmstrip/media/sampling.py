@@ -91,6 +91,18 @@ def sample_frame_indices(
     return tuple(np.linspace(first, last, count).astype(int).tolist())
 
 
+def given_frame_indices(metadata: VideoMetadata, sampling: FrameSampling, *, max_frames: int) -> tuple[int, ...]:
+    """Of frames that the client chose all candidates, or if fewer are asked for or allowed so many, evenly over them.
+
+    ``fps`` of such frames says when they were taken; it and ``min_frames`` ask for nothing.
+    """
+    first, last = candidate_range(metadata, sampling)
+    num_candidates = last - first + 1
+    limits = (max_frames, sampling.max_frames, None if sampling.num_frames == _UNLIMITED else sampling.num_frames)
+    count = min(num_candidates, *(limit for limit in limits if limit is not None))
+    return tuple(np.linspace(first, last, count).round().astype(int).tolist())
+
+
 def shown_seconds(metadata: VideoMetadata, sampling: FrameSampling) -> float:
     """Length in seconds of the part between ``start_seconds`` and ``end_seconds``; raises as :func:`candidate_range`."""
     return _shown_seconds(metadata, *candidate_range(metadata, sampling))

@@ -84,7 +84,7 @@ class Processor(Protocol):
     def plan_video(
         self, metadata: VideoMetadata, sampling: FrameSampling, pixels: PixelLimits, *, presampled: bool
     ) -> FramePlan:
-        """Frames to show, and at which size. ``presampled``: the client chose the frames, all are shown."""
+        """Frames to show, and at which size. ``presampled``: the client chose the frames, all it wants are shown."""
         ...
 
     def normalization(self, modality: Modality) -> Normalization:

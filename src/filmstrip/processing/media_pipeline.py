@@ -9,16 +9,18 @@ the same pixels at the same time wait for one decode.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from filmstrip.errors import InvalidRequestError, MediaError, MediaTooLargeError
+from filmstrip.errors import InvalidRequestError, MediaTooLargeError
 from filmstrip.media.frames import is_presampled
 from filmstrip.media.loader import FetchedMedia, MediaLoader, Metadata, OpenedMedia
-from filmstrip.media.sampling import shown_seconds
+from filmstrip.media.sampling import candidate_range, shown_seconds
 from filmstrip.processing.base import PlannedMedia, Processor, TimeSeriesProcessor
 from filmstrip.shared_tensor import SharedTensor, max_kept_tensors
 from filmstrip.types import FramePlan, ImageMetadata, MediaItem, Modality, SeriesPlan, TimeSeriesMetadata, VideoMetadata
@@ -76,7 +78,7 @@ class _Decode:
 
 @dataclass
 class MediaCacheStats:
-    """Counters of the processed-media cache."""
+    """Counters of the processed-media cache; items that are refused count as neither hit nor miss."""
 
     hits: int = 0
     misses: int = 0
@@ -125,15 +127,21 @@ class MediaPipeline:
         if processed is not None:
             self.stats.hits += 1
             return _planned(fetched, processed.media, processed.metadata, processed=processed)
-        self.stats.misses += 1
         opened = await self.loader.open(fetched)
         try:
             item, notes = self._within_duration(item, opened.metadata, fit=fit)
-            media = self.plan_media(item, opened.metadata)
+            fetched = dataclasses.replace(fetched, item=item)
+            # Of a video that is cut it is known only now what is asked for.
+            processed = self._cached(_cache_key(fetched)) if notes else None
+            media = self.plan_media(item, opened.metadata) if processed is None else processed.media
         except BaseException:
             opened.close()
             raise
-        fetched = dataclasses.replace(fetched, item=item)
+        if processed is not None:
+            opened.close()
+            self.stats.hits += 1
+            return _planned(fetched, media, processed.metadata, processed=processed, notes=notes)
+        self.stats.misses += 1
         return _planned(fetched, media, opened.metadata, opened=opened, notes=notes)
 
     def replan(self, planned: PlannedItem, item: MediaItem, note: str) -> PlannedItem:
@@ -155,7 +163,8 @@ class MediaPipeline:
         limit = self._max_video_duration_seconds
         if limit is None or not isinstance(metadata, VideoMetadata) or is_presampled(item):
             return item, ()
-        seconds = shown_seconds(metadata, item.sampling)
+        with _about(item):
+            seconds = shown_seconds(metadata, item.sampling)
         if seconds <= limit:
             return item, ()
         if not fit:
@@ -171,16 +180,13 @@ class MediaPipeline:
 
     def plan_media(self, item: MediaItem, metadata: Metadata) -> PlannedMedia:
         """The model's choice of frames and size, or of samples, for ``item``, from what its header says."""
-        try:
+        with _about(item):
             if isinstance(metadata, TimeSeriesMetadata):
                 return PlannedMedia(Modality.TIME_SERIES, self._time_series.plan_time_series(metadata))
             if isinstance(metadata, ImageMetadata):
                 plan = self._processor.plan_image(metadata, item.pixels)
                 return PlannedMedia(Modality.IMAGE, plan, ())
             plan = self._processor.plan_video(metadata, item.sampling, item.pixels, presampled=is_presampled(item))
-        except MediaError as error:
-            error.param = error.param or item.param
-            raise
         times = _timestamps(metadata, plan.frame_indices)
         sampling = None if is_presampled(item) else item.sampling
         return PlannedMedia(Modality.VIDEO, plan, times, _seconds_per_frame(metadata, item, plan), sampling)
@@ -298,14 +304,27 @@ def _planned(
     return PlannedItem(fetched.item, media, metadata, fetched, key, media_hash, opened, processed, notes)
 
 
+@contextlib.contextmanager
+def _about(item: MediaItem) -> Iterator[None]:
+    """Errors raised inside are about the request field of ``item``; only where it has none do they name what they would."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.param = item.param or error.param
+        raise
+
+
 def _timestamps(metadata: VideoMetadata, frame_indices: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(metadata.timestamps[list(frame_indices)].tolist())
 
 
 def _seconds_per_frame(metadata: VideoMetadata, item: MediaItem, plan: FramePlan) -> float:
     """Frames picked by the client say when they were taken, not how long the clip was: their mean rate counts."""
-    presampled = is_presampled(item)
-    seconds = metadata.total_num_frames / metadata.fps if presampled else shown_seconds(metadata, item.sampling)
+    if is_presampled(item):
+        first, last = candidate_range(metadata, item.sampling)
+        seconds = (last - first + 1) / metadata.fps
+    else:
+        seconds = shown_seconds(metadata, item.sampling)
     return seconds / len(plan.frame_indices)
 
 

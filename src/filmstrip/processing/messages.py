@@ -143,6 +143,14 @@ def parse_messages(
     return Conversation(converted, items)
 
 
+def has_text(message: Mapping[str, Any]) -> bool:
+    """Whether a valid message has words, which ``continue_final_message`` can go on from."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else content
+    texts = (part if isinstance(part, str) else part.get("text") for part in parts)
+    return any(text.strip() for text in texts if isinstance(text, str))
+
+
 def _message(message: Any, param: str, options: MediaOptions, items: list[MediaItem]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"{param} must be an object with role and content", param=param)

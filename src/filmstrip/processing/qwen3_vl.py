@@ -14,7 +14,7 @@ import numpy as np
 
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import InvalidRequestError, ModelLoadError
-from filmstrip.media.sampling import candidate_range, is_explicit, sample_frame_indices
+from filmstrip.media.sampling import candidate_range, given_frame_indices, is_explicit, sample_frame_indices
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import Assembled, Piece, Placeholder, mrope_positions
@@ -138,11 +138,8 @@ class Qwen3VLProcessor:
         return mrope_positions(len(assembled.token_ids), assembled.placed)
 
     def _frame_indices(self, metadata: VideoMetadata, sampling: FrameSampling, presampled: bool) -> tuple[int, ...]:
-        total = metadata.total_num_frames
         if presampled:
-            wanted = sampling.num_frames if sampling.num_frames is not None and sampling.num_frames > 0 else total
-            num_frames = min(wanted, total, self._max_video_frames, sampling.max_frames or total)
-            return tuple(np.linspace(0, total - 1, num_frames).round().astype(int).tolist())
+            return given_frame_indices(metadata, sampling, max_frames=self._max_video_frames)
         if is_explicit(sampling):
             return sample_frame_indices(metadata, sampling, max_frames=self._max_video_frames)
         first, last = candidate_range(metadata, sampling)

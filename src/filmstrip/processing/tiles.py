@@ -15,7 +15,7 @@ import numpy as np
 
 from filmstrip.config import MediaConfig, ProcessorConfig
 from filmstrip.errors import InvalidRequestError, ModelLoadError
-from filmstrip.media.sampling import candidate_range, is_explicit, sample_frame_indices
+from filmstrip.media.sampling import candidate_range, given_frame_indices, is_explicit, sample_frame_indices
 from filmstrip.processing.base import PlannedMedia
 from filmstrip.processing.checkpoint_files import CheckpointFiles
 from filmstrip.processing.placeholders import Assembled, Piece
@@ -196,11 +196,9 @@ class TileProcessor:
         return expanded
 
     def _frame_indices(self, metadata: VideoMetadata, sampling: FrameSampling, presampled: bool) -> tuple[int, ...]:
-        total, limit = metadata.total_num_frames, self._max_video_frames
+        limit = self._max_video_frames
         if presampled:
-            wanted = sampling.num_frames if sampling.num_frames is not None and sampling.num_frames > 0 else total
-            num_frames = min(wanted, total, limit, sampling.max_frames or total)
-            return tuple(np.linspace(0, total - 1, num_frames).round().astype(int).tolist())
+            return given_frame_indices(metadata, sampling, max_frames=limit)
         if is_explicit(sampling):
             return sample_frame_indices(metadata, sampling, max_frames=limit)
         first, last = candidate_range(metadata, sampling)

@@ -21,6 +21,8 @@ from filmstrip.formats.source import Source
 
 _SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space."""
+_MAX_CONTEXT_TOKENS = 8
+"""Of a text that is continued: more than a character's bytes."""
 
 
 class Tokenizer:
@@ -110,8 +112,12 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
         if skip_special_tokens:
-            token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
+            token_ids = self.without_special(token_ids)
         return self._plain.decode(token_ids, skip_special_tokens=False)
+
+    def without_special(self, token_ids: Sequence[int]) -> list[int]:
+        """``token_ids`` but the special ones."""
+        return [token_id for token_id in token_ids if token_id not in self._special_ids]
 
 
 def _load(model: str, revision: str | None) -> Any:
@@ -164,22 +170,36 @@ class StreamingDecoder:
 
     A token may hold part of a character, and its text may depend on the token before it, so each step decodes a short
     window twice (with and without the new tokens) and emits the difference once it ends in a whole character.
+
+    Of ``continued``, ids whose text the tokens go on from, nothing is emitted; without them the tokens begin a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continued: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
+        context = list(continued[-_MAX_CONTEXT_TOKENS:])
+        if self._skip:
+            context = tokenizer.without_special(context)
+        # A beginning that was cut inside a character would take the bytes of whole ones behind it for broken, too.
+        while tokenizer.decode(context, skip_special_tokens=self._skip).startswith("�"):
+            del context[0]
+        self._ids = context
         self._window_start = 0
-        self._emitted = 0
+        self._emitted = len(context)
 
     def push(self, token_ids: list[int]) -> str:
         """Text that became certain by adding ``token_ids``."""
-        self._ids.extend(token_ids)
+        # A skipped token takes no place: what stands before it is the context of what stands behind it.
+        self._ids.extend(self._tokenizer.without_special(token_ids) if self._skip else token_ids)
         before, now = self._window()
         if now.endswith("�"):
             return ""
-        self._window_start, self._emitted = self._emitted, len(self._ids)
-        return now[len(before) :]
+        text = now[len(before) :]
+        if text:  # else the window would hold no text, and a tokenizer that drops a text's first space drops the next
+            self._window_start = self._emitted
+        self._emitted = len(self._ids)
+        return text
 
     def flush(self) -> str:
         """What is left at the end, with U+FFFD for an unfinished character."""

@@ -57,8 +57,8 @@ def _middleware(config: ServerConfig) -> list[Middleware]:
                 CORSMiddleware,
                 allow_origins=list(config.allowed_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
-                expose_headers=[REQUEST_ID_HEADER],
+                allow_headers=["*"],  # OpenAI's client sends many of its own
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After", "Retry-After-Ms"],
             )
         )
     if config.api_key is not None:

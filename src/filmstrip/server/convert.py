@@ -1,7 +1,7 @@
 """A chat request's body to what the model is asked, and its outputs to the body's shapes; runs nothing.
 
-Fields that would change the answer but are not supported are refused, never ignored. Fields of OpenAI's API that change
-nothing here are accepted; so are names nobody knows, unless one looks like a misspelt field.
+Fields that would change the answer but are not supported, or have another place here, are refused, never ignored. Fields of
+OpenAI's and OpenRouter's APIs that change nothing here are accepted; so are names nobody knows, unless one looks misspelt.
 """
 
 from __future__ import annotations
@@ -29,25 +29,41 @@ _MAX_UNKNOWN_FIELDS = 100
 _HARMLESS = frozenset(
     {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
     | {"prompt_cache_retention", "prediction", "request_id", "session_id", "rid"}
+    | {"models", "provider", "route", "transforms", "plugins"}
 )
+
+_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("fps", "num_frames", "min_frames", "max_frames", "start", "end"), "media_io_kwargs.video"),
+    **dict.fromkeys(("nframes", "video", "video_kwargs"), "media_io_kwargs.video"),
+    **dict.fromkeys(("min_pixels", "max_pixels", "mm_kwargs"), "mm_processor_kwargs"),
+    **dict.fromkeys(("enable_thinking", "thinking"), "chat_template_kwargs"),
+    "stop_sequences": "stop",
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict", "max_length"), "max_tokens"),
+    **dict.fromkeys(("sampling_seed", "random_seed"), "seed"),
+}
+"""Where to say what other APIs say in these fields, or what was meant for a part of them."""
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
+    "bad_words_ids": ([],),
     "best_of": (1,),
     "cache_salt": (),
     "chat_template": (),
     "custom_logit_processor": (),
     "do_sample": (True,),
     "documents": ([],),
+    "dry_multiplier": (0,),
     "early_stopping": (False,),
     "ebnf": (),
     "echo": (False,),
+    "format": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "grammar": (),
+    "guidance_scale": (1,),
     "images_config": (),
     "include_reasoning": (True,),
     "json_schema": (),
@@ -57,17 +73,21 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "logprobs": (False,),
     "lora_path": (),
+    "min_length": (0,),
     "min_new_tokens": (0,),
     "min_tokens": (0,),
+    "mirostat": (0,),
     "modalities": (["text"],),
     "no_stop_trim": (False,),
     "num_beams": (1,),
+    "num_return_sequences": (1,),
     "priority": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "regex": (),
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
+    "return_logprob": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "separate_reasoning": (True,),
@@ -75,17 +95,21 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "stream_reasoning": (True,),
     "structured_outputs": (),
+    "suppress_tokens": ([],),
+    "think": (),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
+    "typical_p": (1,),
     "use_audio_in_video": (False,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "video_config": (),
     "vllm_xargs": (),
     "web_search_options": (),
+    "xtc_probability": (0,),
 }
 """Fields of this and of other servers' APIs that would change the answer, with the values that ask for nothing."""
 
@@ -132,14 +156,24 @@ def _check_other_fields(fields: Mapping[str, Any]) -> None:
             if value not in _UNSUPPORTED[name]:
                 raise InvalidRequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
             continue
-        similar = difflib.get_close_matches(name, ChatCompletionRequest.model_fields, 1, 0.8)
-        if similar:
+        hint = _hint(name)
+        if hint is not None:
             raise InvalidRequestError(
-                f"there is no field {name:.80}; did you mean {similar[0]}?",
-                param=f"{name:.80}",
-                code="unknown_parameter",
+                f"there is no field {name:.80}; {hint}", param=f"{name:.80}", code="unknown_parameter"
             )
         logger.info("ignored the unknown field %.80r", name)
+
+
+def _hint(name: str) -> str | None:
+    """What to do about a field that does not exist; None if nothing here is like it."""
+    if name in _ELSEWHERE:
+        return f"say it in {_ELSEWHERE[name]}"
+    similar = difflib.get_close_matches(name, {*ChatCompletionRequest.model_fields, *_UNSUPPORTED}, 1, 0.8)
+    if not similar:
+        return None
+    if similar[0] in _UNSUPPORTED:
+        return f"{similar[0]}, which it looks like, is not supported"
+    return f"did you mean {similar[0]}?"
 
 
 def given_sampling_params(request: ChatCompletionRequest) -> dict[str, Any]:
