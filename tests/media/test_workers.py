@@ -124,7 +124,7 @@ OPEN_VIDEO = messages.OpenVideo("pyav", max_pixels=1000, content_hash="")
 
 def video_opened(fps=1.0, height=5, times=(0.0, 1.0)):
     timestamps = np.array(times, np.float64).tobytes()
-    return messages.VideoOpened(2, fps, 1.0, height, 5, timestamps, "pyav", "h264", 0, False, False)
+    return messages.VideoOpened(2, fps, 1.0, height, 5, timestamps, "pyav", "h264", 0, False, False, False)
 
 
 @pytest.mark.parametrize(
