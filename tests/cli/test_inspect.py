@@ -336,6 +336,8 @@ def test_frames_sampled_by_the_client(found):
     assert (said["num_frames"], said["facts"]["timing_assumed"], said["container"]) == (3, True, None)
     said = found(url, "--start", "0.5", "--end", "0.9")
     assert (said["frame_indices"], said["timestamps"]) == ([1], [0.5])
+    said = found(url, "--fps", "4")  # of frames like these, it says when they were taken
+    assert (said["timestamps"], said["facts"]["timing_assumed"]) == ([0, 0.25, 0.5], False)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def inspect_item(arguments: argparse.Namespace) -> MediaItem:
         raise UsageError(f"there is no file {url}")
     options = parse_media_options(chat_media_io_kwargs(arguments), None, MediaOptions())
     pixels = (arguments.mm_processor_kwargs or MediaOptions()).pixels(modality)
-    return MediaItem(modality, url=url, sampling=options.sampling, pixels=pixels)
+    return MediaItem(modality, url=url, sampling=options.sampling, timing=options.timing, pixels=pixels)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
