@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import dataclasses
 import os
 import re
 import signal
 from itertools import takewhile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -317,6 +319,47 @@ def test_stop_tokens_beyond_the_vocabulary_are_refused(llm):
     with pytest.raises(InvalidRequestError, match="vocabulary") as caught:
         llm.chat(ask("x"), SamplingParams(stop_token_ids=(3, 10**6)))
     assert caught.value.param == "stop_token_ids"
+
+
+def test_an_empty_directory_is_no_checkpoint(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"has no config\.json, so it is no checkpoint"):
+        LLM(str(tmp_path))
+
+
+def test_one_message_is_no_conversation(llm):
+    with pytest.raises(InvalidRequestError, match="messages must be a non-empty list"):
+        llm.chat({"role": "user", "content": "hi"})
+
+
+def test_a_path_object_is_a_path(llm, clip):
+    parts = [{"type": "video_url", "video_url": url} for url in (str(clip), Path(clip), {"url": Path(clip)})]
+    answers = [llm.chat(ask(part, "What?"), GREEDY) for part in parts]
+    assert len({answer.text for answer in answers}) == 1
+    assert len({str(dataclasses.replace(answer.media[0], cached=True)) for answer in answers}) == 1
+
+
+def test_a_forked_copy_of_the_process_is_told_that_it_has_no_model(llm):
+    """It has none of the threads: to wait for one would be for ever. The model of the parent lives on."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            llm.chat(ask("hi"))
+        except RuntimeError as error:
+            llm.close()
+            os._exit(0 if "belongs to the process that was forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert llm.chat(ask("hi"), SamplingParams(max_tokens=1)).usage.completion_tokens == 1
+
+
+def test_a_closed_model_says_so(qwen3_vl_dir):
+    llm = LLM(qwen3_vl_dir)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.chat(ask("hi"))
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.stats()
 
 
 def test_unknown_options_and_models():

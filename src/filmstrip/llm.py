@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -290,6 +291,7 @@ class LLM:
             ProcessorConfig(image=defaults.image_pixels, video=defaults.video_pixels, **processor),
         )
         self._closed = False
+        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="filmstrip-llm", daemon=True)
         self._thread.start()
@@ -318,8 +320,8 @@ class LLM:
         Raises the InvalidRequestError family for a wrong request and EngineDeadError if the engine ended.
         """
         params = sampling_params or self._llm.default_sampling_params()
-        batch = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = messages if batch else [messages]
+        batch = isinstance(messages, list | tuple) and bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = list(messages) if batch else [messages]
 
         async def answer(conversation: Messages) -> RequestOutput:
             async with self._slots:
@@ -348,10 +350,12 @@ class LLM:
 
     def close(self) -> None:
         """End the engine process; may be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._run(self._llm.close())
-            self._stop_loop()
+        if not self._closed and os.getpid() == self._pid:
+            try:
+                self._run(self._llm.close())
+            finally:
+                self._closed = True
+                self._stop_loop()
 
     def __enter__(self) -> LLM:
         return self
@@ -360,6 +364,14 @@ class LLM:
         self.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's result, run by the loop's thread, which a forked copy of this process does not have."""
+        if self._closed or os.getpid() != self._pid:
+            coroutine.close()
+            raise RuntimeError(
+                "this LLM is closed"
+                if self._closed
+                else "this LLM belongs to the process that was forked; make one in the new process (start method spawn)"
+            )
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

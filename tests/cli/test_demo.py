@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.parse
@@ -11,6 +12,7 @@ import pytest
 
 from filmstrip.cli.main import main
 from filmstrip.demo import bundled
+from tests.models.text import make_text
 
 COMMAND = [sys.executable, "-m", "filmstrip.cli.main", "demo"]
 
@@ -46,6 +48,35 @@ def test_the_page_stays_open():
             assert process.wait(60) == 130
         finally:
             process.kill()
+
+
+def test_keys_and_proxies_of_the_environment_are_not_the_demos(monkeypatch, capfd):
+    """The server is its own: it needs no key, and no proxy could reach it."""
+    monkeypatch.setenv("FILMSTRIP_API_KEY", "secret")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert main(["demo", "--once"]) == 0
+    assert capfd.readouterr().out.count("\nanswer ") == len(bundled.QUESTIONS)
+
+
+def test_sigterm_ends_the_server_too():
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = next(line for line in iter(process.stdout.readline, "") if line.startswith("ready"))
+            (port,) = re.findall(r":(\d+)$", ready.strip())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    with socket.create_server(("127.0.0.1", int(port))):  # nobody listens there any more
+        pass
+
+
+def test_a_model_that_takes_no_video_says_so(tmp_path, capfd):
+    model = make_text(tmp_path, "LlamaForCausalLM", max_position_embeddings=8192)
+    assert main(["demo", "--once", "--model", model]) == 1
+    assert "the server refuses the question: the model takes no video_url" in capfd.readouterr().err
 
 
 def test_a_model_that_does_not_load_is_an_error(tmp_path, capfd):

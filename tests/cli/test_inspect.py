@@ -6,7 +6,11 @@ import contextlib
 import http.server
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 
@@ -338,6 +342,27 @@ def test_frames_sampled_by_the_client(found):
     assert (said["frame_indices"], said["timestamps"]) == ([1], [0.5])
     said = found(url, "--fps", "4")  # of frames like these, it says when they were taken
     assert (said["timestamps"], said["facts"]["timing_assumed"]) == ([0, 0.25, 0.5], False)
+
+
+def test_names_that_the_terminal_cannot_show(clip, tmp_path):
+    """A byte that is no text, letters that the encoding lacks, and a dash in front: all are names of files."""
+    for name in (b"a\xff.mp4", "ünï.mp4".encode(), b"-dash.mp4"):
+        (tmp_path / os.fsdecode(name)).write_bytes(clip.read_bytes())
+        command = [sys.executable, "-m", "filmstrip.cli.main", "inspect", "--html", "page.html", "--", name]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=120
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.decode("ascii").startswith(("a\\xff.mp4", "\\xfcn\\xef.mp4", "-dash.mp4", "a\\udcff.mp4"))
+        assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_place_that_cannot_be_written_to(inspect, clip, tmp_path):
+    for path in ("/proc/sheet.png", tmp_path, ""):
+        for flag in ("--sheet", "--html"):
+            code, _, complaint = inspect(clip, "--num-frames", "1", flag, path)
+            assert code == 2
+            assert re.search(r"cannot write /proc/sheet\.png: |is no name of a file to write", complaint)
 
 
 @pytest.mark.parametrize(

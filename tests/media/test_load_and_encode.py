@@ -159,6 +159,7 @@ def test_quality_is_that_of_the_format():
         (lambda: encode_image_base64(np.zeros((2, 2, 3), np.uint8), "tiff"), "JPEG, PNG, WEBP"),
         (lambda: encode_video_base64(np.zeros((2, 4, 4, 3), np.uint8), format="mp4"), "JPEG, PNG, WEBP"),
         (lambda: encode_video_base64(np.zeros((2, 4, 4, 3), np.uint8), num_frames=0), "num_frames"),
+        (lambda: encode_video_base64(np.zeros((4, 4, 3), np.uint8)), "encode_image_base64 takes one picture"),
         (lambda: encode_video_base64(np.zeros((2, 4, 4, 3), np.uint8), num_frames=-3), "num_frames"),
         (lambda: encode_video_base64(np.zeros((2, 4, 4, 3), np.uint8), fps=2), "fps"),
         (lambda: encode_video_base64(np.zeros((2, 4, 4, 3), np.float32)), "uint8"),

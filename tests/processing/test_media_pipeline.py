@@ -213,7 +213,7 @@ async def test_a_part_without_frames_is_the_fault_of_its_item(longest, wish):
     """Of several videos it can be told which; what the field is called stands in the message."""
     pipeline = MediaPipeline(FakeLoader(), FakeProcessor(), 0, longest)  # pyright: ignore[reportArgumentType]
     asked = dataclasses.replace(item(**wish), param="messages[0].content[1].video_url.url")
-    with pytest.raises(InvalidRequestError, match="no frame lies between start") as caught:
+    with pytest.raises(InvalidRequestError, match=r"no frame lies (between|from) start") as caught:
         await pipeline.plan(asked)
     assert caught.value.param == asked.param
     assert pipeline.loader.opened[0].closed

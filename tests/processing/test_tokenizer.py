@@ -273,6 +273,7 @@ def test_a_space_stands_before_a_prompt_and_nowhere_else(tmp_path, template, tex
     made = llama_tokenizer({"image_token": "<image>"}, image="<image>")
     made.chat_template = template
     made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     tokenizer, files = Tokenizer(str(tmp_path)), CheckpointFiles(str(tmp_path))
     messages = [{"role": "user", "content": text}]
     reference = tokenizer.hf.apply_chat_template(messages, tokenize=True, return_dict=False)

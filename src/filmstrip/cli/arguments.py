@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=help_text, usage=usage, allow_abbrev=False)
         command.set_defaults(command=name)
         add_to(command)
-    if argv and argv[0] in commands.choices:
+    if argv and argv[0] in commands.choices and "--" not in argv:  # which only the other way knows
         # Unlike subparsers, this lets a question stand behind flags: chat MODEL --video clip.mp4 "What happens?"
         return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
     return parser.parse_args(argv)
@@ -355,6 +355,8 @@ def _limit_mm_per_prompt(text: str) -> dict[str, int]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise argparse.ArgumentTypeError("nested too deep") from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):

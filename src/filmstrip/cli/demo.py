@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import textwrap
 import time
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 from filmstrip.demo import bundled
@@ -15,11 +18,14 @@ _COLUMNS = 100
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the bundled questions, then serve until SIGINT; returns 0. Raises ServerNotStarted."""
+    """Ask the bundled questions, then serve until SIGINT or SIGTERM; returns 0. Raises ServerNotStarted and Refused."""
     model, name = (arguments.model, None) if arguments.model else (str(bundled.MODEL), bundled.MODEL_NAME)
     print(f"Starting a server with {name or model} ...", flush=True)
     started = time.perf_counter()
-    with running_server(model, bundled.CLIPS, name=name, host=arguments.host, port=arguments.port) as server:
+    with (
+        _leaving_by_sigterm(),
+        running_server(model, bundled.CLIPS, name=name, host=arguments.host, port=arguments.port) as server,
+    ):
         print(f"ready after {time.perf_counter() - started:.1f} s at {server.url}", flush=True)
         client = Client(server.url)
         for question in bundled.QUESTIONS:
@@ -30,6 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
         link = urllib.parse.urlencode({"video": _address(first.clips[0]), "question": first.text})
         print(f"\nAsk on: {server.url}/#{link}\n(your own clips, too: drop them there; Ctrl-C ends)", flush=True)
         return 1 if server.process.wait() else 0
+
+
+@contextlib.contextmanager
+def _leaving_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that the server ends with it."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _address(clip: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from filmstrip.cli.arguments import inspect_config, inspect_item
@@ -31,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     config, item = inspect_config(arguments), inspect_item(arguments)
     outputs = [path for path in (arguments.sheet, arguments.html) if path is not None]
     for path in outputs:
+        if not path or os.path.isdir(path):
+            raise UsageError(f"{path!r} is no name of a file to write")
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UsageError(f"there is no directory {os.path.dirname(path)} to write {os.path.basename(path)} into")
     if arguments.model is None:
@@ -40,9 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     found = asyncio.run(inspection.inspect_item(item, model, config.media, choose_edge=_edge if outputs else None))
     name = source_name(item.url or "")
     if arguments.sheet is not None:
-        save_sheet(found, name, arguments.sheet)
+        with _writing(arguments.sheet):
+            save_sheet(found, name, arguments.sheet)
     if arguments.html is not None:
-        Path(arguments.html).write_text(render_page(found, name, facts(found)), encoding="utf-8")
+        with _writing(arguments.html):
+            Path(arguments.html).write_text(render_page(found, name, facts(found)), encoding="utf-8")
     if arguments.json:
         print(json.dumps(as_json(found, name), indent=2))
     else:
@@ -50,8 +56,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
 def source_name(url: str) -> str:
-    """A short name of where the item came from: never the megabytes of a data URL, nor what may be secret in a query."""
+    """A short name of where the item came from: never the megabytes of a data URL, nor what may be secret in a query.
+
+    Bytes of a file's name that are no text are spelt.
+    """
+    url = url.encode("utf-8", "backslashreplace").decode()
     if url[:5].lower() == "data:":
         return url[: url.find(",")][:60] if "," in url[:100] else "data URL"
     return url.partition("?")[0].rstrip("/").rpartition("/")[2] or url

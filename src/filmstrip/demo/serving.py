@@ -20,12 +20,19 @@ from typing import Any
 from filmstrip.errors import FilmstripError
 
 MAX_ANSWER_TOKENS = 64
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The server is ours: a proxy of the environment could not reach it."""
+_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 _REQUEST_TIMEOUT_SECONDS = 600
 _STOP_TIMEOUT_SECONDS = 30
 
 
 class ServerNotStarted(FilmstripError):
     """The server ended, or was not ready in time."""
+
+
+class Refused(FilmstripError):
+    """The server answered with an error; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def running_server(
         *("--max-model-len", "8192", "--kv-cache-gb", "0.25", "--encoder-cache-gb", "0.05"),
     ]
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    process = subprocess.Popen(command, env=os.environ | environment)
+    inherited = {variable: value for variable, value in os.environ.items() if variable != _KEY_VARIABLE}
+    process = subprocess.Popen(command, env=inherited | environment)
     url = f"http://{host}:{port}"
     try:
         _wait_until_healthy(url, process, start_timeout_seconds)
@@ -86,7 +94,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], timeout_seco
         if process.poll() is not None:
             raise ServerNotStarted(f"the server ended with code {process.returncode} before it was ready")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            _DIRECTLY.open(f"{url}/health", timeout=5).close()
             return
         time.sleep(0.1)
     raise ServerNotStarted(f"the server was not ready after {timeout_seconds:g} s")
@@ -97,15 +105,14 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
-            self._model = json.load(response)["data"][0]["id"]
+        self._model = self._read(urllib.request.Request(f"{url}/v1/models"))["data"][0]["id"]
 
     def ask(
         self, parts: Sequence[dict[str, Any]], text: str, turns: Sequence[tuple[str, str]] = (), **options: Any
     ) -> dict[str, Any]:
         """The response to ``text`` about media ``parts``, after earlier ``turns`` of question and answer.
 
-        The media stand in the first message. Raises ``urllib.error.HTTPError`` for a refusal.
+        The media stand in the first message. Raises Refused.
         """
         messages: list[dict[str, Any]] = []
         for question, answer in turns:
@@ -122,8 +129,14 @@ class Client:
         request = urllib.request.Request(
             f"{self._url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_SECONDS) as response:
-            return json.load(response)
+        return self._read(request)
+
+    def _read(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with _DIRECTLY.open(request, timeout=_REQUEST_TIMEOUT_SECONDS) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise Refused(f"the server refuses the question: {json.load(error)['error']['message']}") from None
 
     def answer(self, parts: Sequence[dict[str, Any]], text: str, turns: Sequence[tuple[str, str]] = ()) -> str:
         """The answer's words."""

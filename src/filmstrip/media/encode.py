@@ -96,6 +96,11 @@ def encode_video_base64(
             param=next(iter(sampling)),
         )
     parse_frame_sampling({"num_frames": num_frames}, "encode_video_base64")
+    if isinstance(video, np.ndarray) and video.ndim != 4:
+        raise MediaDecodeError(
+            f"an array of frames must be of shape (num_frames, height, width, 3), not {video.shape}; "
+            "encode_image_base64 takes one picture"
+        )
     given = list(video)
     if not given:
         raise MediaDecodeError("there are no frames to encode")

@@ -60,8 +60,9 @@ def candidate_range(metadata: VideoMetadata, sampling: FrameSampling) -> tuple[i
     first = int(np.searchsorted(metadata.timestamps, start - 1e-6))
     last = int(np.searchsorted(metadata.timestamps, end + 1e-6, side="right")) - 1
     if first > last:
+        part = f"from start {start:g} s on" if end == math.inf else f"between start {start:g} s and end {end:g} s"
         raise InvalidRequestError(
-            f"no frame lies between start {start:g} s and end {end:g} s; the clip is {metadata.duration:.3f} s long and its "
+            f"no frame lies {part}; the clip is {metadata.duration:.3f} s long and its "
             f"last frame stands at {metadata.timestamps[-1]:.3f} s",
             param="start" if first >= metadata.total_num_frames else "end",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from filmstrip.errors import ModelLoadError
 from filmstrip.formats.base import Translation
 from filmstrip.formats.registry import translate
 from filmstrip.formats.source import Source, parse_json
@@ -23,6 +24,8 @@ class CheckpointFiles:
     @cached_property
     def translation(self) -> Translation:
         """What is to be known of the checkpoint's format; ModelLoadError if it cannot be served."""
+        if self.text("config.json") is None:
+            raise ModelLoadError(f"{self.model!r} has no config.json, so it is no checkpoint", param="model")
         return translate(self._own_json("config.json"), self._source)
 
     def text(self, name: str) -> str | None:

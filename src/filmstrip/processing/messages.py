@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,14 +218,14 @@ def _media_item(part: Mapping[str, Any], kind: str, modality: Modality, param: s
     field = next((name for name in (kind, f"{modality.value}_url", modality.value) if name in part), None)
     if field is None:
         raise InvalidRequestError(f"{param}.{kind} is missing", param=f"{param}.{kind}")
-    value, where = part[field], f"{param}.{field}"
+    value, where = _as_url(part[field]), f"{param}.{field}"
     settings = {key: inner for key, inner in part.items() if key not in _IGNORED_PART_KEYS and key != field}
     content: dict[str, Any] = {}
     if isinstance(value, Mapping):
         settings |= {key: inner for key, inner in value.items() if key not in _IGNORED_PART_KEYS}
         key = "frames" if field == _FRAMES_PART else "url"
         settings.pop(key, None)
-        value, where = value.get(key), f"{where}.{key}"
+        value, where = _as_url(value.get(key)), f"{where}.{key}"
     if field == _FRAMES_PART:
         content["frame_urls"], timestamps = _frames(value, where)
         if timestamps is not None:
@@ -248,6 +249,11 @@ def _media_item(part: Mapping[str, Any], kind: str, modality: Modality, param: s
             param=f"{param}.{field}.{unused}",
         )
     return item
+
+
+def _as_url(value: Any) -> Any:
+    """A path object (Python API) as the string it stands for."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _item_settings(settings: dict[str, Any], modality: Modality, param: str, options: MediaOptions) -> dict[str, Any]:
