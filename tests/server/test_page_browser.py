@@ -377,3 +377,24 @@ def test_a_link_fills_in_and_fetches_nothing(new_page, server, clip):
     expect(page.locator(".card")).to_have_count(0)
     page.get_by_role("button", name="Add").click()
     expect(frames(page)).to_have_count(8)
+
+
+def test_a_clip_added_during_an_answer_goes_with_the_next_question(new_page, clip):
+    llm = FakeLLM()
+    llm.hold_steps.set()
+    with serving(llm) as base_url:
+        page = new_page(base_url)
+        expect(page.locator("#model")).to_contain_text("tiny-vl")
+        page.get_by_label("Your question").fill("Who?")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn.assistant .now")).to_have_text(re.compile("Encode, prefill"))
+        page.get_by_label("Address of a video or an image").fill(clip.as_uri())
+        page.get_by_role("button", name="Add").click()
+        llm.hold_steps.clear()
+        expect(page.locator(".turn.assistant")).to_have_attribute("aria-busy", "false")
+        ask(page, "And here?")
+        ask(page, "And then?")
+        expect(page.locator(".turn.user .notes")).to_have_text(["", clip.name, ""])
+    questions = [message["content"] for message in llm.calls[2]["messages"] if message["role"] == "user"]
+    types = [[part["type"] for part in question] for question in questions]
+    assert types == [["text"], ["video_url", "text"], ["text"]]

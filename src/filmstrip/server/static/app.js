@@ -176,9 +176,10 @@ async function ask(event) {
   const question = byId("question").value.trim();
   if (!question || !state.model || state.running) return;
   const { body, media } = request(question);
-  const asked = { role: "user", text: question, media: state.pending };
+  // What is added from now on goes with the next question.
+  const asked = { role: "user", text: question, media: [...state.pending] };
   byId("empty").hidden = true;
-  showQuestion(question, state.pending);
+  showQuestion(question, asked.media);
   byId("question").value = "";
   const view = new AnswerView(state.model.id);
   const asking = new AbortController();
@@ -186,15 +187,11 @@ async function ask(event) {
   try {
     const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
     await receive(view, serialize(streamed, media), asking.signal);
-    state.turns.push(asked, { role: "assistant", text: view.text });
-    state.pending = [];
+    keep(asked, view.text);
   } catch (error) {
     if (asking.signal.aborted) {
       view.end("stopped", null, null);
-      if (view.text) {
-        state.turns.push(asked, { role: "assistant", text: view.text });
-        state.pending = [];
-      }
+      if (view.text) keep(asked, view.text);
     } else {
       view.fail(error.message);
       if (error.status === 401) showServerError(error);
@@ -204,6 +201,12 @@ async function ask(event) {
     setRunning(null);
     schedulePlan();
   }
+}
+
+/** Make a question and its answer part of the conversation. */
+function keep(asked, text) {
+  state.turns.push(asked, { role: "assistant", text });
+  state.pending = state.pending.filter((item) => !asked.media.includes(item));
 }
 
 async function receive(view, body, signal) {
