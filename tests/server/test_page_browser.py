@@ -76,6 +76,13 @@ def frames(page: Page):
     return page.locator(".strip img[alt^=Frame]")
 
 
+def hold_first(page: Page, address: str) -> list:
+    """Leave the next request to ``address`` without an answer; it appears in the list."""
+    held = []
+    page.route(address, lambda route: route.continue_() if held else held.append(route))
+    return held
+
+
 def limit_answers(page: Page, tokens: int) -> None:
     page.get_by_text("Answer settings").click()
     page.get_by_label("Tokens at most").fill(str(tokens))
@@ -222,15 +229,7 @@ def test_a_late_plan_changes_nothing(page, clip):
     """The answer to an older setting comes after that to a newer one, or would."""
     add(page, clip)
     expect(frames(page)).to_have_count(8)
-    held = []
-
-    def hold_first(route):
-        if held:
-            route.continue_()
-        else:
-            held.append(route)
-
-    page.route("**/v1/media/plan", hold_first)
+    held = hold_first(page, "**/v1/media/plan")
     page.get_by_label("Frames at most").fill("3")
     page.wait_for_timeout(600)
     assert held
@@ -398,3 +397,15 @@ def test_a_clip_added_during_an_answer_goes_with_the_next_question(new_page, cli
     questions = [message["content"] for message in llm.calls[2]["messages"] if message["role"] == "user"]
     types = [[part["type"] for part in question] for question in questions]
     assert types == [["text"], ["video_url", "text"], ["text"]]
+
+
+def test_a_setting_that_is_taken_back_brings_its_pictures_back(page, clip):
+    add(page, clip)
+    expect(frames(page)).to_have_count(8)
+    held = hold_first(page, "**/v1/media/frames")
+    page.get_by_label("Frames at most").fill("3")
+    expect(page.locator(".strip li")).to_have_count(3)
+    expect(frames(page)).to_have_count(0)
+    page.get_by_label("Frames at most").fill("")
+    expect(frames(page)).to_have_count(8)
+    held[0].abort()  # what the page itself has given up long ago

@@ -134,6 +134,7 @@ export class Card {
   showEmptyFrames(plan) {
     const strip = this.find(".strip");
     strip.replaceChildren();
+    this.shown = ""; // whatever comes next, its pictures are not there
     if (this.item.kind === "image") return;
     for (const time of plan.timestamps.slice(0, 64)) {
       const picture = element("img", { alt: "", src: emptyPicture });
