@@ -409,3 +409,20 @@ def test_a_setting_that_is_taken_back_brings_its_pictures_back(page, clip):
     page.get_by_label("Frames at most").fill("")
     expect(frames(page)).to_have_count(8)
     held[0].abort()  # what the page itself has given up long ago
+
+
+@pytest.mark.parametrize(("label", "refused"), [("From, seconds", "99"), ("Frames per second", "0")])
+def test_a_refused_plan_takes_the_one_before_with_it(page, clip, label, refused):
+    add(page, clip)
+    expect(frames(page)).to_have_count(8)
+    page.get_by_label(label).fill(refused)
+    expect(page.locator(".card-error")).to_be_visible()
+    expect(page.locator(".plan")).to_have_text("")
+    expect(page.locator(".strip li")).to_have_count(0)
+    expect(page.locator(".timeline .tick")).to_have_count(0)
+    expect(page.locator("#cost")).to_be_hidden()
+    page.get_by_label(label).fill("")
+    expect(frames(page)).to_have_count(8)
+    expect(page.locator(".card-error")).to_be_hidden()
+    expect(page.locator(".plan")).to_contain_text("8 frames of 100 will be seen")
+    expect(page.locator(".timeline .tick")).to_have_count(8)

@@ -92,8 +92,14 @@ export class Card {
     this.root.setAttribute("aria-busy", String(isBusy));
   }
 
+  /** Show what is wrong instead of the plan before, which holds no longer; without a message all is well. */
   showError(message) {
     showText(this.find(".card-error"), message);
+    if (!message) return;
+    this.find(".plan").textContent = "";
+    this.find(".timeline")?.replaceChildren();
+    this.find(".strip").replaceChildren();
+    this.shown = "";
   }
 
   /** Show the server's plan; true if its frames are others than those shown. */
