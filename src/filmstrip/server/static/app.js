@@ -51,6 +51,7 @@ async function plan() {
   const planning = new AbortController();
   state.planning = planning;
   const faults = new Map(); // what is wrong with an item; the others are shown all the same
+  for (const { item, settingFault } of state.cards) if (settingFault) faults.set(item, settingFault);
   for (;;) {
     const { body, media } = request(byId("question").value.trim(), faults);
     if (!media.length && faults.size) byId("cost").hidden = true;
@@ -175,6 +176,11 @@ async function ask(event) {
   event.preventDefault();
   const question = byId("question").value.trim();
   if (!question || !state.model || state.running) return;
+  const invalidField = state.cards.map((card) => card.invalidField).find(Boolean);
+  if (invalidField) {
+    invalidField.reportValidity(); // no answer about other frames than those that were asked for
+    return;
+  }
   const { body, media } = request(question);
   // What is added from now on goes with the next question.
   const asked = { role: "user", text: question, media: [...state.pending] };

@@ -78,12 +78,22 @@ export class Card {
       field.id = `${name}-${this.item.id}`;
       field.previousElementSibling.htmlFor = field.id;
       field.addEventListener("input", () => {
-        if (!field.validity.valid) return;
-        if (field.value === "") delete this.item.settings[name];
-        else this.item.settings[name] = field.valueAsNumber;
+        if (field.value !== "" && field.validity.valid) this.item.settings[name] = field.valueAsNumber;
+        else delete this.item.settings[name];
         onChange();
       });
     }
+  }
+
+  /** The first setting that is no number or none it may be, null if there is none. */
+  get invalidField() {
+    return this.find("input:invalid");
+  }
+
+  /** What the browser has against that setting; "" if there is none. */
+  get settingFault() {
+    const field = this.invalidField;
+    return field ? `${field.labels[0].textContent}: ${field.validationMessage}` : "";
   }
 
   /** Whether an answer of the server is awaited. */
