@@ -447,3 +447,32 @@ def test_a_setting_that_is_no_such_number_is_not_passed_over(page, clip):
     expect(page.locator(".card-error")).to_be_hidden()
     limit_answers(page, 3)
     expect(ask(page, "What happens?").locator(".notes")).to_contain_text("Saw 2 frames")
+
+
+def test_a_refused_file_is_still_named_after_the_plan_of_another(page, clip, folder):
+    long = [folder / "long.mp4", folder / "longer.mp4"]
+    for path in long:
+        with path.open("wb") as file:
+            file.truncate(351 * 1024 * 1024)  # a hole, no bytes on the disk
+    add(page, long[0], clip, long[1])
+    expect(frames(page)).to_have_count(8)
+    for path in long:
+        expect(page.locator("#server-error")).to_contain_text(f"{path.name} has 351 MiB")
+    page.route("**/v1/media/plan", lambda route: route.abort())
+    page.get_by_label("Frames at most").fill("4")
+    expect(page.locator("#server-error")).to_contain_text("cannot be reached")
+    expect(page.locator("#server-error")).to_contain_text("long.mp4")
+    page.unroute("**/v1/media/plan")
+    page.get_by_label("Frames at most").fill("3")
+    expect(frames(page)).to_have_count(3)
+    expect(page.locator("#server-error")).to_contain_text("long.mp4")
+    expect(page.locator("#server-error")).not_to_contain_text("cannot be reached")
+    page.get_by_label("Address of a video or an image").fill(clip.as_uri())
+    page.get_by_role("button", name="Add").click()
+    expect(page.locator("#server-error")).to_be_hidden()
+    page.route("**/v1/media/plan", lambda route: route.abort())
+    page.get_by_label("Frames at most").first.fill("4")
+    expect(page.locator("#server-error")).to_contain_text("cannot be reached")
+    for _ in range(2):
+        page.get_by_role("button", name="Remove numbered.mp4").first.click()
+    expect(page.locator("#server-error")).to_be_hidden()

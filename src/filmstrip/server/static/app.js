@@ -8,7 +8,7 @@ import { buildBody, curlCommand, pythonProgram, serialize } from "./request.js";
 
 const planDelay = 250; // milliseconds after the last change
 const maxThumbnails = 256; // the server's own limit
-const state = { model: null, cards: [], turns: [], pending: [], running: null, planning: null, planTimer: 0 };
+const state = { model: null, cards: [], turns: [], pending: [], running: null, planning: null, planTimer: 0, errors: {} };
 
 // The request that would be sent now
 
@@ -35,6 +35,7 @@ function schedulePlan() {
   showSnippet();
   if (!state.cards.length) {
     byId("cost").hidden = true;
+    setError("plan", "");
     return;
   }
   setBusy(true);
@@ -65,7 +66,7 @@ async function plan() {
           faults.set(atFault, error.message);
           continue;
         }
-        showServerError(error);
+        showServerError(error, "plan");
       }
     }
     for (const card of state.cards) card.showError(faults.get(card.item) ?? "");
@@ -79,7 +80,7 @@ async function showPlan(body, media, signal) {
   const answer = await planMedia(serialize(body, media), signal);
   const isNew = media.map(({ item }, place) => cardOf(item).showPlan(answer.media[place]));
   showCost(answer);
-  showText(byId("server-error"), "");
+  setError("plan", "");
   if (isNew.includes(true)) {
     const max_thumbnails = Math.min(maxThumbnails, 64 * media.length);
     const shown = await showFrames(serialize({ ...body, max_thumbnails }, media), signal);
@@ -132,12 +133,14 @@ function remove(item) {
 }
 
 async function addFiles(files) {
-  showText(byId("server-error"), "");
+  const refused = [];
+  setError("files", "");
   for (const file of files) {
     try {
       add(await fromFile(file));
     } catch (error) {
-      showServerError(error);
+      refused.push(error.message);
+      setError("files", refused.join(" "));
     }
   }
 }
@@ -147,6 +150,7 @@ function addAddress(event) {
   const url = byId("url").value.trim();
   if (!url) return;
   byId("url").value = "";
+  setError("files", ""); // which may have told to give an address
   add(fromAddress(url, byId("url-kind").value));
 }
 
@@ -200,7 +204,7 @@ async function ask(event) {
       if (view.text) keep(asked, view.text);
     } else {
       view.fail(error.message);
-      if (error.status === 401) showServerError(error);
+      if (error.status === 401) showServerError(error, "server");
       byId("question").value ||= question;
     }
   } finally {
@@ -285,19 +289,26 @@ async function connect() {
     state.model = await getModel();
     byId("model").textContent = `${state.model.id}, up to ${count(state.model.max_model_len)} tokens`;
     byId("key-form").hidden = true;
-    showText(byId("server-error"), "");
+    setError("server", "");
+    setError("plan", "");
     schedulePlan();
   } catch (error) {
     byId("model").textContent = "not connected";
-    showServerError(error);
+    showServerError(error, "server");
   }
 }
 
-function showServerError(error) {
+/** Show what `source` ("server", "plan" or "files") has to say; each takes back its own words only. */
+function setError(source, message) {
+  state.errors[source] = message;
+  showText(byId("server-error"), [...new Set(Object.values(state.errors))].filter(Boolean).join(" "));
+}
+
+function showServerError(error, source) {
   const needsKey = error instanceof ApiError && error.status === 401;
   if (needsKey) byId("key-form").hidden = false;
   const isFirst = needsKey && !hasApiKey();
-  showText(byId("server-error"), isFirst ? "" : error.message);
+  setError(source, isFirst ? "" : error.message);
   if (needsKey) byId("key").focus();
 }
 
