@@ -476,3 +476,22 @@ def test_a_refused_file_is_still_named_after_the_plan_of_another(page, clip, fol
     for _ in range(2):
         page.get_by_role("button", name="Remove numbered.mp4").first.click()
     expect(page.locator("#server-error")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("label", "wrong"), [("Tokens at most", "0"), ("Temperature", "3")])
+def test_a_fault_in_closed_settings_is_shown(new_page, label, wrong):
+    with serving(FakeLLM()) as base_url:
+        page = new_page(base_url)
+        expect(page.locator("#model")).to_contain_text("tiny-vl")
+        field = page.get_by_label(label)
+        page.get_by_text("Answer settings").click()
+        field.fill(wrong)
+        page.get_by_text("Answer settings").click()
+        expect(field).to_be_hidden()
+        page.get_by_label("Your question").fill("Hello")
+        page.keyboard.press("Enter")
+        expect(field).to_be_visible()
+        expect(field).to_be_focused()
+        expect(page.locator(".turn")).to_have_count(0)
+        field.fill("1")
+        expect(ask(page, "Hello").locator(".text")).to_have_text("A cat.")

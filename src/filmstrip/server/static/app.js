@@ -339,6 +339,10 @@ byId("url").addEventListener("input", guessKind);
 byId("fit").addEventListener("change", schedulePlan);
 byId("ask-form").addEventListener("submit", ask);
 byId("ask-form").addEventListener("input", showSnippet);
+for (const field of [byId("max-tokens"), byId("temperature")]) {
+  // A browser shows nothing of a fault inside closed details, and sends nothing either.
+  field.addEventListener("invalid", () => (field.closest("details").open = true));
+}
 byId("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
