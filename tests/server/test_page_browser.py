@@ -495,3 +495,17 @@ def test_a_fault_in_closed_settings_is_shown(new_page, label, wrong):
         expect(page.locator(".turn")).to_have_count(0)
         field.fill("1")
         expect(ask(page, "Hello").locator(".text")).to_have_text("A cat.")
+
+
+def test_a_key_that_no_header_can_carry(new_page):
+    with serving(FakeLLM(), api_key="secret") as base_url:
+        page = new_page(base_url)
+        field = page.get_by_label("This server asks for an API key")
+        field.fill("ключ")
+        page.keyboard.press("Enter")
+        expect(page.locator("#server-error")).to_contain_text("cannot hold characters outside Latin-1")
+        expect(field).to_be_focused()
+        field.fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("org/tiny-vl, up to 4,096 tokens")
+        expect(page.locator("#server-error")).to_be_hidden()

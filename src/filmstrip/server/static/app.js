@@ -314,7 +314,13 @@ function showServerError(error, source) {
 
 function useKey(event) {
   event.preventDefault();
-  setApiKey(byId("key").value);
+  try {
+    setApiKey(byId("key").value);
+  } catch (error) {
+    setError("server", error.message);
+    byId("key").focus();
+    return;
+  }
   connect();
 }
 
