@@ -76,6 +76,13 @@ def frames(page: Page):
     return page.locator(".strip img[alt^=Frame]")
 
 
+def hold_first(page: Page, address: str) -> list:
+    """Leave the next request to ``address`` without an answer; it appears in the list."""
+    held = []
+    page.route(address, lambda route: route.continue_() if held else held.append(route))
+    return held
+
+
 def limit_answers(page: Page, tokens: int) -> None:
     page.get_by_text("Answer settings").click()
     page.get_by_label("Tokens at most").fill(str(tokens))
@@ -222,15 +229,7 @@ def test_a_late_plan_changes_nothing(page, clip):
     """The answer to an older setting comes after that to a newer one, or would."""
     add(page, clip)
     expect(frames(page)).to_have_count(8)
-    held = []
-
-    def hold_first(route):
-        if held:
-            route.continue_()
-        else:
-            held.append(route)
-
-    page.route("**/v1/media/plan", hold_first)
+    held = hold_first(page, "**/v1/media/plan")
     page.get_by_label("Frames at most").fill("3")
     page.wait_for_timeout(600)
     assert held
@@ -377,3 +376,136 @@ def test_a_link_fills_in_and_fetches_nothing(new_page, server, clip):
     expect(page.locator(".card")).to_have_count(0)
     page.get_by_role("button", name="Add").click()
     expect(frames(page)).to_have_count(8)
+
+
+def test_a_clip_added_during_an_answer_goes_with_the_next_question(new_page, clip):
+    llm = FakeLLM()
+    llm.hold_steps.set()
+    with serving(llm) as base_url:
+        page = new_page(base_url)
+        expect(page.locator("#model")).to_contain_text("tiny-vl")
+        page.get_by_label("Your question").fill("Who?")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn.assistant .now")).to_have_text(re.compile("Encode, prefill"))
+        page.get_by_label("Address of a video or an image").fill(clip.as_uri())
+        page.get_by_role("button", name="Add").click()
+        llm.hold_steps.clear()
+        expect(page.locator(".turn.assistant")).to_have_attribute("aria-busy", "false")
+        ask(page, "And here?")
+        ask(page, "And then?")
+        expect(page.locator(".turn.user .notes")).to_have_text(["", clip.name, ""])
+    questions = [message["content"] for message in llm.calls[2]["messages"] if message["role"] == "user"]
+    types = [[part["type"] for part in question] for question in questions]
+    assert types == [["text"], ["video_url", "text"], ["text"]]
+
+
+def test_a_setting_that_is_taken_back_brings_its_pictures_back(page, clip):
+    add(page, clip)
+    expect(frames(page)).to_have_count(8)
+    held = hold_first(page, "**/v1/media/frames")
+    page.get_by_label("Frames at most").fill("3")
+    expect(page.locator(".strip li")).to_have_count(3)
+    expect(frames(page)).to_have_count(0)
+    page.get_by_label("Frames at most").fill("")
+    expect(frames(page)).to_have_count(8)
+    held[0].abort()  # what the page itself has given up long ago
+
+
+@pytest.mark.parametrize(("label", "refused"), [("From, seconds", "99"), ("Frames per second", "0")])
+def test_a_refused_plan_takes_the_one_before_with_it(page, clip, label, refused):
+    add(page, clip)
+    expect(frames(page)).to_have_count(8)
+    page.get_by_label(label).fill(refused)
+    expect(page.locator(".card-error")).to_be_visible()
+    expect(page.locator(".plan")).to_have_text("")
+    expect(page.locator(".strip li")).to_have_count(0)
+    expect(page.locator(".timeline .tick")).to_have_count(0)
+    expect(page.locator("#cost")).to_be_hidden()
+    page.get_by_label(label).fill("")
+    expect(frames(page)).to_have_count(8)
+    expect(page.locator(".card-error")).to_be_hidden()
+    expect(page.locator(".plan")).to_contain_text("8 frames of 100 will be seen")
+    expect(page.locator(".timeline .tick")).to_have_count(8)
+
+
+def test_a_setting_that_is_no_such_number_is_not_passed_over(page, clip):
+    add(page, clip)
+    field = page.get_by_label("Frames at most")
+    field.fill("3")
+    expect(frames(page)).to_have_count(3)
+    field.fill("2.5")
+    expect(page.locator(".card-error")).to_contain_text("Frames at most: ")
+    expect(page.locator(".plan")).to_have_text("")
+    expect(frames(page)).to_have_count(0)
+    page.get_by_label("Your question").fill("What happens?")
+    page.keyboard.press("Enter")
+    expect(field).to_be_focused()
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.get_by_label("Your question")).to_have_value("What happens?")
+    field.fill("2")
+    expect(frames(page)).to_have_count(2)
+    expect(page.locator(".card-error")).to_be_hidden()
+    limit_answers(page, 3)
+    expect(ask(page, "What happens?").locator(".notes")).to_contain_text("Saw 2 frames")
+
+
+def test_a_refused_file_is_still_named_after_the_plan_of_another(page, clip, folder):
+    long = [folder / "long.mp4", folder / "longer.mp4"]
+    for path in long:
+        with path.open("wb") as file:
+            file.truncate(351 * 1024 * 1024)  # a hole, no bytes on the disk
+    add(page, long[0], clip, long[1])
+    expect(frames(page)).to_have_count(8)
+    for path in long:
+        expect(page.locator("#server-error")).to_contain_text(f"{path.name} has 351 MiB")
+    page.route("**/v1/media/plan", lambda route: route.abort())
+    page.get_by_label("Frames at most").fill("4")
+    expect(page.locator("#server-error")).to_contain_text("cannot be reached")
+    expect(page.locator("#server-error")).to_contain_text("long.mp4")
+    page.unroute("**/v1/media/plan")
+    page.get_by_label("Frames at most").fill("3")
+    expect(frames(page)).to_have_count(3)
+    expect(page.locator("#server-error")).to_contain_text("long.mp4")
+    expect(page.locator("#server-error")).not_to_contain_text("cannot be reached")
+    page.get_by_label("Address of a video or an image").fill(clip.as_uri())
+    page.get_by_role("button", name="Add").click()
+    expect(page.locator("#server-error")).to_be_hidden()
+    page.route("**/v1/media/plan", lambda route: route.abort())
+    page.get_by_label("Frames at most").first.fill("4")
+    expect(page.locator("#server-error")).to_contain_text("cannot be reached")
+    for _ in range(2):
+        page.get_by_role("button", name="Remove numbered.mp4").first.click()
+    expect(page.locator("#server-error")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("label", "wrong"), [("Tokens at most", "0"), ("Temperature", "3")])
+def test_a_fault_in_closed_settings_is_shown(new_page, label, wrong):
+    with serving(FakeLLM()) as base_url:
+        page = new_page(base_url)
+        expect(page.locator("#model")).to_contain_text("tiny-vl")
+        field = page.get_by_label(label)
+        page.get_by_text("Answer settings").click()
+        field.fill(wrong)
+        page.get_by_text("Answer settings").click()
+        expect(field).to_be_hidden()
+        page.get_by_label("Your question").fill("Hello")
+        page.keyboard.press("Enter")
+        expect(field).to_be_visible()
+        expect(field).to_be_focused()
+        expect(page.locator(".turn")).to_have_count(0)
+        field.fill("1")
+        expect(ask(page, "Hello").locator(".text")).to_have_text("A cat.")
+
+
+def test_a_key_that_no_header_can_carry(new_page):
+    with serving(FakeLLM(), api_key="secret") as base_url:
+        page = new_page(base_url)
+        field = page.get_by_label("This server asks for an API key")
+        field.fill("ключ")
+        page.keyboard.press("Enter")
+        expect(page.locator("#server-error")).to_contain_text("cannot hold characters outside Latin-1")
+        expect(field).to_be_focused()
+        field.fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("org/tiny-vl, up to 4,096 tokens")
+        expect(page.locator("#server-error")).to_be_hidden()

@@ -2,7 +2,11 @@
 
 let apiKey = "";
 
+/** Rejects a key that no header can carry. */
 export function setApiKey(key) {
+  if (/[^\u0001-\u00ff]/.test(key)) {
+    throw new Error("an API key cannot hold characters outside Latin-1: no header carries them");
+  }
   apiKey = key;
 }
 

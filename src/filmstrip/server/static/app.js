@@ -8,7 +8,7 @@ import { buildBody, curlCommand, pythonProgram, serialize } from "./request.js";
 
 const planDelay = 250; // milliseconds after the last change
 const maxThumbnails = 256; // the server's own limit
-const state = { model: null, cards: [], turns: [], pending: [], running: null, planning: null, planTimer: 0 };
+const state = { model: null, cards: [], turns: [], pending: [], running: null, planning: null, planTimer: 0, errors: {} };
 
 // The request that would be sent now
 
@@ -35,6 +35,7 @@ function schedulePlan() {
   showSnippet();
   if (!state.cards.length) {
     byId("cost").hidden = true;
+    setError("plan", "");
     return;
   }
   setBusy(true);
@@ -51,6 +52,7 @@ async function plan() {
   const planning = new AbortController();
   state.planning = planning;
   const faults = new Map(); // what is wrong with an item; the others are shown all the same
+  for (const { item, settingFault } of state.cards) if (settingFault) faults.set(item, settingFault);
   for (;;) {
     const { body, media } = request(byId("question").value.trim(), faults);
     if (!media.length && faults.size) byId("cost").hidden = true;
@@ -64,7 +66,7 @@ async function plan() {
           faults.set(atFault, error.message);
           continue;
         }
-        showServerError(error);
+        showServerError(error, "plan");
       }
     }
     for (const card of state.cards) card.showError(faults.get(card.item) ?? "");
@@ -78,7 +80,7 @@ async function showPlan(body, media, signal) {
   const answer = await planMedia(serialize(body, media), signal);
   const isNew = media.map(({ item }, place) => cardOf(item).showPlan(answer.media[place]));
   showCost(answer);
-  showText(byId("server-error"), "");
+  setError("plan", "");
   if (isNew.includes(true)) {
     const max_thumbnails = Math.min(maxThumbnails, 64 * media.length);
     const shown = await showFrames(serialize({ ...body, max_thumbnails }, media), signal);
@@ -131,12 +133,14 @@ function remove(item) {
 }
 
 async function addFiles(files) {
-  showText(byId("server-error"), "");
+  const refused = [];
+  setError("files", "");
   for (const file of files) {
     try {
       add(await fromFile(file));
     } catch (error) {
-      showServerError(error);
+      refused.push(error.message);
+      setError("files", refused.join(" "));
     }
   }
 }
@@ -146,6 +150,7 @@ function addAddress(event) {
   const url = byId("url").value.trim();
   if (!url) return;
   byId("url").value = "";
+  setError("files", ""); // which may have told to give an address
   add(fromAddress(url, byId("url-kind").value));
 }
 
@@ -175,10 +180,16 @@ async function ask(event) {
   event.preventDefault();
   const question = byId("question").value.trim();
   if (!question || !state.model || state.running) return;
+  const invalidField = state.cards.map((card) => card.invalidField).find(Boolean);
+  if (invalidField) {
+    invalidField.reportValidity(); // no answer about other frames than those that were asked for
+    return;
+  }
   const { body, media } = request(question);
-  const asked = { role: "user", text: question, media: state.pending };
+  // What is added from now on goes with the next question.
+  const asked = { role: "user", text: question, media: [...state.pending] };
   byId("empty").hidden = true;
-  showQuestion(question, state.pending);
+  showQuestion(question, asked.media);
   byId("question").value = "";
   const view = new AnswerView(state.model.id);
   const asking = new AbortController();
@@ -186,24 +197,26 @@ async function ask(event) {
   try {
     const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
     await receive(view, serialize(streamed, media), asking.signal);
-    state.turns.push(asked, { role: "assistant", text: view.text });
-    state.pending = [];
+    keep(asked, view.text);
   } catch (error) {
     if (asking.signal.aborted) {
       view.end("stopped", null, null);
-      if (view.text) {
-        state.turns.push(asked, { role: "assistant", text: view.text });
-        state.pending = [];
-      }
+      if (view.text) keep(asked, view.text);
     } else {
       view.fail(error.message);
-      if (error.status === 401) showServerError(error);
+      if (error.status === 401) showServerError(error, "server");
       byId("question").value ||= question;
     }
   } finally {
     setRunning(null);
     schedulePlan();
   }
+}
+
+/** Make a question and its answer part of the conversation. */
+function keep(asked, text) {
+  state.turns.push(asked, { role: "assistant", text });
+  state.pending = state.pending.filter((item) => !asked.media.includes(item));
 }
 
 async function receive(view, body, signal) {
@@ -276,25 +289,38 @@ async function connect() {
     state.model = await getModel();
     byId("model").textContent = `${state.model.id}, up to ${count(state.model.max_model_len)} tokens`;
     byId("key-form").hidden = true;
-    showText(byId("server-error"), "");
+    setError("server", "");
+    setError("plan", "");
     schedulePlan();
   } catch (error) {
     byId("model").textContent = "not connected";
-    showServerError(error);
+    showServerError(error, "server");
   }
 }
 
-function showServerError(error) {
+/** Show what `source` ("server", "plan" or "files") has to say; each takes back its own words only. */
+function setError(source, message) {
+  state.errors[source] = message;
+  showText(byId("server-error"), [...new Set(Object.values(state.errors))].filter(Boolean).join(" "));
+}
+
+function showServerError(error, source) {
   const needsKey = error instanceof ApiError && error.status === 401;
   if (needsKey) byId("key-form").hidden = false;
   const isFirst = needsKey && !hasApiKey();
-  showText(byId("server-error"), isFirst ? "" : error.message);
+  setError(source, isFirst ? "" : error.message);
   if (needsKey) byId("key").focus();
 }
 
 function useKey(event) {
   event.preventDefault();
-  setApiKey(byId("key").value);
+  try {
+    setApiKey(byId("key").value);
+  } catch (error) {
+    setError("server", error.message);
+    byId("key").focus();
+    return;
+  }
   connect();
 }
 
@@ -319,6 +345,10 @@ byId("url").addEventListener("input", guessKind);
 byId("fit").addEventListener("change", schedulePlan);
 byId("ask-form").addEventListener("submit", ask);
 byId("ask-form").addEventListener("input", showSnippet);
+for (const field of [byId("max-tokens"), byId("temperature")]) {
+  // A browser shows nothing of a fault inside closed details, and sends nothing either.
+  field.addEventListener("invalid", () => (field.closest("details").open = true));
+}
 byId("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();

@@ -78,12 +78,22 @@ export class Card {
       field.id = `${name}-${this.item.id}`;
       field.previousElementSibling.htmlFor = field.id;
       field.addEventListener("input", () => {
-        if (!field.validity.valid) return;
-        if (field.value === "") delete this.item.settings[name];
-        else this.item.settings[name] = field.valueAsNumber;
+        if (field.value !== "" && field.validity.valid) this.item.settings[name] = field.valueAsNumber;
+        else delete this.item.settings[name];
         onChange();
       });
     }
+  }
+
+  /** The first setting that is no number or none it may be, null if there is none. */
+  get invalidField() {
+    return this.find("input:invalid");
+  }
+
+  /** What the browser has against that setting; "" if there is none. */
+  get settingFault() {
+    const field = this.invalidField;
+    return field ? `${field.labels[0].textContent}: ${field.validationMessage}` : "";
   }
 
   /** Whether an answer of the server is awaited. */
@@ -92,8 +102,14 @@ export class Card {
     this.root.setAttribute("aria-busy", String(isBusy));
   }
 
+  /** Show what is wrong instead of the plan before, which holds no longer; without a message all is well. */
   showError(message) {
     showText(this.find(".card-error"), message);
+    if (!message) return;
+    this.find(".plan").textContent = "";
+    this.find(".timeline")?.replaceChildren();
+    this.find(".strip").replaceChildren();
+    this.shown = "";
   }
 
   /** Show the server's plan; true if its frames are others than those shown. */
@@ -134,6 +150,7 @@ export class Card {
   showEmptyFrames(plan) {
     const strip = this.find(".strip");
     strip.replaceChildren();
+    this.shown = ""; // whatever comes next, its pictures are not there
     if (this.item.kind === "image") return;
     for (const time of plan.timestamps.slice(0, 64)) {
       const picture = element("img", { alt: "", src: emptyPicture });
