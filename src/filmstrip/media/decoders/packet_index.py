@@ -138,7 +138,8 @@ def _times_identify(scanned: Packets, shown: np.ndarray, is_key: np.ndarray, con
         return False
     # FFmpeg's own decoding times may step back a little where it learns late that there are B-frames; a clock steps far.
     clock = [time for time in scanned.dts if time is not None]
-    if any(earlier - later > _MAX_STEP_BACK_SECONDS / stream.time_base for earlier, later in itertools.pairwise(clock)):
+    step_back = round(_MAX_STEP_BACK_SECONDS / stream.time_base)
+    if any(earlier - later > step_back for earlier, later in itertools.pairwise(clock)):
         return False
     # AVI stores frames in coded order without a time. FFmpeg sees the order of display in MPEG-4's packets, but numbers
     # those of H.264 and its like just as they come.
