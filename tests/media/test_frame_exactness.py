@@ -583,7 +583,21 @@ def has_display_rotation():
     return "-display_rotation" in text
 
 
-@pytest.mark.parametrize("maker", [make_bare_h264, make_h264_in_avi, make_appended, make_no_times, make_clock_wraps])
+@pytest.mark.parametrize(
+    "maker",
+    [
+        make_bare_h264,
+        make_h264_in_avi,
+        make_appended,
+        make_no_times,
+        make_clock_wraps,
+        make_late_matroska,
+        make_bare_mpeg1,
+        make_field_pictures_ts,
+        make_field_pictures_timed_each,
+        make_field_pictures_without_times,
+    ],
+)
 def test_times_are_right_where_the_file_does_not_tell_them(tmp_path, maker):
     metadata = open_path(maker(tmp_path)).metadata
     np.testing.assert_allclose(metadata.timestamps, np.arange(NUM_FRAMES) / 25, atol=1.1e-3)
