@@ -11,6 +11,7 @@ from filmstrip.types import FrameSampling, PixelLimits
 VIDEO_DECODERS = ("pyav", "torchcodec", "decord", "opencv", "torchvision")
 """Libraries that videos can be decoded with, the default first."""
 VIDEO_DECODER_VARIABLE = "FILMSTRIP_VIDEO_DECODER"
+API_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,13 @@ class Progress:
     total: int
 
 
+_Wishes = TypeVar("_Wishes")
+
+
+def _filled_up(mine: _Wishes, default: _Wishes) -> _Wishes:
+    return type(mine)(**{name: vars(default)[name] if value is None else value for name, value in vars(mine).items()})
+
+
 @dataclass(frozen=True)
 class FrameSampling:
     """Which frames of a video are wanted; None means "not said here", -1 in num_frames or fps means "no limit"."""
@@ -67,8 +74,7 @@ class FrameSampling:
 
     def or_else(self, default: FrameSampling) -> FrameSampling:
         """Fill what is not said here from ``default``, field by field."""
-        mine, theirs = vars(self), vars(default)
-        return FrameSampling(**{name: theirs[name] if value is None else value for name, value in mine.items()})
+        return _filled_up(self, default)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ class FrameTiming:
     total_num_frames: int | None = None
     duration: float | None = None
     timestamps: tuple[float, ...] | None = None
+
+    def or_else(self, default: FrameTiming) -> FrameTiming:
+        """Fill what is not said here from ``default``, field by field, whether or not the two go together."""
+        return _filled_up(self, default)
 
 
 @dataclass(frozen=True)

@@ -94,15 +94,15 @@ _PARTS = "{%- for part in message.content -%}{{- part.text -}}{%- endfor -%}"
 _STRING = "{{- message.content -}}"
 
 
+def of_turns(shown):
+    """A chat template that says who speaks and shows a message's content by ``shown``."""
+    return "{%- for message in messages -%}{{- message.role + ': ' -}}" + shown + "<|im_end|>{%- endfor -%}"
+
+
 @pytest.mark.parametrize("shown", [_PARTS, _STRING])
-def test_contents_are_shown_by_templates_that_look_for_parts_only(tokenizer, qwen3_vl_dir, monkeypatch, shown):
+def test_contents_are_shown_by_templates_that_look_for_parts_only(tokenizer, qwen3_vl_dir, shown):
     """The words of nobody are lost, in whichever of the two forms they were sent."""
-    monkeypatch.setattr(
-        tokenizer.hf,
-        "chat_template",
-        "{%- for message in messages -%}{{- message.role + ': ' -}}" + shown + "<|im_end|>{%- endfor -%}",
-    )
-    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir), of_turns(shown))
     messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": ""}]
     end = tokenizer.special_tokens["<|im_end|>"]
     assert template.render(messages) == ["user: One?", end, "assistant: ", end]
@@ -124,13 +124,8 @@ def test_contents_are_shown_by_templates_that_look_for_parts_only(tokenizer, qwe
         "{%- if message.content is string -%}{{- message.content -}}{%- endif -%}",  # would leave it out
     ],
 )
-def test_parts_are_one_string_to_templates_that_look_for_strings_only(tokenizer, qwen3_vl_dir, monkeypatch, shown):
-    monkeypatch.setattr(
-        tokenizer.hf,
-        "chat_template",
-        "{%- for message in messages -%}{{- message.role + ': ' -}}" + shown + "<|im_end|>{%- endfor -%}",
-    )
-    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir))
+def test_parts_are_one_string_to_templates_that_look_for_strings_only(tokenizer, qwen3_vl_dir, shown):
+    template = ChatTemplate(tokenizer, CheckpointFiles(qwen3_vl_dir), of_turns(shown))
     end = tokenizer.special_tokens["<|im_end|>"]
     parts = [{"type": "text", "text": text} for text in ("Two", "or <|im_end|>?")]
     messages = [{"role": "system", "content": "One."}, {"role": "user", "content": parts}]

@@ -13,6 +13,7 @@ from typing import Any
 
 from filmstrip.cli.options import UsageError, add_flags, flag_name, given_flags, read_flags
 from filmstrip.config import (
+    API_KEY_VARIABLE,
     VIDEO_DECODERS,
     EngineConfig,
     LLMConfig,
@@ -23,8 +24,6 @@ from filmstrip.config import (
 from filmstrip.errors import InvalidRequestError
 from filmstrip.processing.messages import MediaOptions, parse_media_options
 from filmstrip.types import FrameSampling, FrameTiming, MediaItem, Modality, SamplingParams
-
-API_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filmstrip.config import API_KEY_VARIABLE
 from filmstrip.errors import FilmstripError
 
 MAX_ANSWER_TOKENS = 64
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The server is ours: a proxy of the environment could not reach it."""
-_KEY_VARIABLE = "FILMSTRIP_API_KEY"
 _REQUEST_TIMEOUT_SECONDS = 600
 _STOP_TIMEOUT_SECONDS = 30
 
@@ -73,7 +73,7 @@ def running_server(
         *("--max-model-len", "8192", "--kv-cache-gb", "0.25", "--encoder-cache-gb", "0.05"),
     ]
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    inherited = {variable: value for variable, value in os.environ.items() if variable != _KEY_VARIABLE}
+    inherited = {variable: value for variable, value in os.environ.items() if variable != API_KEY_VARIABLE}
     process = subprocess.Popen(command, env=inherited | environment)
     url = f"http://{host}:{port}"
     try:

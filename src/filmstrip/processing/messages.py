@@ -356,7 +356,7 @@ def _timing_or_else(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
         default = dataclasses.replace(default, timestamps=None)
     if timing.fps is not None:
         default = dataclasses.replace(default, duration=None)
-    merged = _filled_up(timing, default)
+    merged = timing.or_else(default)
     # Of frames that are all there is, or whose clip's length in frames is known, a duration says the rate.
     if (
         timing.duration is not None
@@ -365,11 +365,6 @@ def _timing_or_else(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
     ):
         merged = dataclasses.replace(merged, fps=None)
     return merged
-
-
-def _filled_up(timing: FrameTiming, default: FrameTiming) -> FrameTiming:
-    mine, theirs = vars(timing), vars(default)
-    return FrameTiming(**{name: theirs[name] if value is None else value for name, value in mine.items()})
 
 
 def _or_else(limits: PixelLimits, default: PixelLimits) -> PixelLimits:

@@ -33,7 +33,7 @@ then reports success and gives what its buffer held before. Up to OpenCV 4.12 (6
 
 
 @functools.cache
-def converts_interlaced() -> bool:
+def _converts_interlaced() -> bool:
     """Whether this build of OpenCV turns interlaced pictures into RGB; yes where it does not tell its versions."""
     version = re.search(r"swscale:\s+YES \((\d+)", cv2.getBuildInformation())
     return version is None or int(version[1]) < _SWSCALE_PROGRESSIVE_ONLY
@@ -53,7 +53,7 @@ class OpenCVReader(CheckedReader):
         self, frame_indices: Sequence[int], num_threads: int, references: References, check: Check
     ) -> Generator[DecodedFrame, None, None]:
         """See :meth:`CheckedReader.frames`."""
-        if self.truth.is_interlaced and not converts_interlaced():
+        if self.truth.is_interlaced and not _converts_interlaced():
             raise self.refuse("cannot convert interlaced pictures")
         film = _Film(self, num_threads, references, check)
         try:
