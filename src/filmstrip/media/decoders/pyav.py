@@ -83,7 +83,10 @@ class _Job:
 
 
 class PyAVReader:
-    """Implements :class:`filmstrip.media.decoders.base.VideoReader`."""
+    """Implements :class:`filmstrip.media.decoders.base.VideoReader`.
+
+    ``is_interlaced`` says whether the first frame is made of two fields.
+    """
 
     def __init__(self, source: MediaSource, *, max_pixels: int | None = None) -> None:
         """Scan the index and decode one frame, whose size and rotation no header is trusted for.
@@ -269,8 +272,8 @@ class PyAVReader:
         """
         with self._open() as (container, stream):
             _use_threads(stream, 1)
-            packets = enumerate(packets_of(container, stream))
-            ended = itertools.chain(_numbered(packets) if numbered else (packet for _, packet in packets), (None,))
+            packets = packets_of(container, stream)
+            ended = itertools.chain(_numbered(packets) if numbered else packets, (None,))
             yield (frame for packet in ended for frame in _decode(stream, packet))
 
     def _first_frame(self, container: Any, stream: Any) -> Any:
@@ -602,8 +605,8 @@ class _Counter:
         return self._index, frame
 
 
-def _numbered(packets: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    for coded, packet in packets:
+def _numbered(packets: Iterator[Any]) -> Iterator[Any]:
+    for coded, packet in enumerate(packets):
         _number(packet, coded)
         yield packet
 
